@@ -1,0 +1,175 @@
+"""What every model here is made of: parameters with named dims, linear maps, norms, stacked layers.
+
+B rows, T positions, L layers, I input width, O output width, R LoRA rank.
+
+Modules are containers: they are split once into (graph, trainable state, frozen state), and merged
+again inside `jax.jit`, where their methods are pure functions of the arrays they hold.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
+
+
+class LoRAParam(nnx.Param):
+    """A low-rank factor. A type of its own, so that a filter can tell it from the base weights."""
+
+
+def param(
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    dims: Sequence[str],
+    init: Initializer,
+    kind: type[nnx.Param] = nnx.Param,
+) -> nnx.Param:
+    """A float32 parameter. `dims` names each dim for `sharding.py`: ("layers", "embed", "ffn")."""
+    if len(shape) != len(dims):
+        raise ValueError(f"shape {tuple(shape)} has {len(shape)} dims, its names are {tuple(dims)}")
+    return kind(init(rngs.params(), tuple(shape), jnp.float32), dims=tuple(dims))
+
+
+def stacked(num_layers: int | None, shape: Sequence[int], dims: Sequence[str]):
+    """Shape and dims with the layer dim in front, or as they are for `num_layers=None`."""
+    if num_layers is None:
+        return tuple(shape), tuple(dims)
+    return (num_layers, *shape), ("layers", *dims)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias, plus a low-rank update where `lora.attach` put one.
+
+    kernel_IO is [I, O] (the transpose of torch's), with a leading L in stacked layers. The update
+    is scale · (dropout(x) @ lora_a_IR) @ lora_b_RO, scale = alpha / R (LoRA, arXiv 2106.09685).
+    """
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        dims: tuple[str, str],
+        *,
+        init: Initializer,
+        rngs: nnx.Rngs,
+        num_layers: int | None = None,
+        use_bias: bool = False,
+    ):
+        shape, names = stacked(num_layers, (size_in, size_out), dims)
+        self.kernel = param(rngs, shape, names, init)
+        shape, names = stacked(num_layers, (size_out,), dims[1:])
+        zeros = nnx.initializers.zeros
+        self.bias = nnx.data(param(rngs, shape, names, zeros) if use_bias else None)
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 0.0
+        self.lora_dropout = 0.0
+
+    def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
+        """[..., I] → [..., O] in the dtype of `x`. Without `dropout_key` nothing is dropped."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + jnp.expand_dims(self.bias[...].astype(x.dtype), tuple(range(x.ndim - 1)))
+        if self.lora_a is not None and self.lora_b is not None:
+            low = dropout(x, self.lora_dropout, dropout_key) @ self.lora_a[...].astype(x.dtype)
+            y = y + self.lora_scale * (low @ self.lora_b[...].astype(x.dtype))
+        return y
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; the identity for rate 0 or without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale_D, computed in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float, rngs: nnx.Rngs, num_layers: int | None = None):
+        shape, names = stacked(num_layers, (width,), ("norm",))
+        self.scale = param(rngs, shape, names, nnx.initializers.ones)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        return (x32 * over_last(self.scale[...], x.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x − mean) / std · scale_D + bias_D, computed in float32."""
+
+    def __init__(self, width: int, eps: float, rngs: nnx.Rngs, num_layers: int | None = None):
+        shape, names = stacked(num_layers, (width,), ("norm",))
+        self.scale = param(rngs, shape, names, nnx.initializers.ones)
+        self.bias = param(rngs, shape, names, nnx.initializers.zeros)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        y = x32 * over_last(self.scale[...], x.ndim) + over_last(self.bias[...], x.ndim)
+        return y.astype(x.dtype)
+
+
+def over_last(vector_D: Array, ndim: int) -> Array:
+    """A float32 vector over the last of `ndim` dims (implicit rank promotion is off in tests)."""
+    return jnp.expand_dims(vector_D.astype(jnp.float32), tuple(range(ndim - 1)))
+
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_layers(
+    layers: nnx.Module,
+    apply: Callable[[nnx.Module, Array, Array | None], Array],
+    h: Array,
+    *,
+    num_layers: int,
+    dropout_key: Array | None = None,
+    remat: str = "none",
+    unroll: bool = False,
+) -> Array:
+    """Run stacked layers one after the other: `h = apply(layer, h, key)` for each.
+
+    layers: one module whose parameters lead with dim L. remat: a name in `REMAT_POLICIES`.
+    unroll: a Python loop instead of `lax.scan` (larger program, faster for few small layers).
+    """
+    graph, state = nnx.split(layers)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
+
+    def step(h, state_and_key):
+        layer_state, key = state_and_key
+        return apply(nnx.merge(graph, layer_state), h, key), None
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
+    if not unroll:
+        return jax.lax.scan(step, h, (state, keys))[0]
+    for i in range(num_layers):
+        h, _ = step(h, jax.tree.map(lambda x, i=i: x[i], (state, keys)))
+    return h
+
+
+def positions_in_segment(segments_BT: Array) -> Array:
+    """Position of each token in its packed text, from 0, counting tokens only. int32 [B, T].
+
+    segments_BT: 0 = padding, else the text a token belongs to, in ascending order along a row.
+    Padding may stand anywhere; what a padded position gets has no meaning.
+    """
+    is_token = segments_BT > 0
+    before = jnp.pad(jax.lax.cummax(segments_BT, axis=1)[:, :-1], ((0, 0), (1, 0)))
+    is_start = is_token & (segments_BT > before)
+    counted = jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
+    return counted - jax.lax.cummax(jnp.where(is_start, counted, 0), axis=1)

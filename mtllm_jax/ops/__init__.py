@@ -1,0 +1,1 @@
+"""Operations with several backends, one function each."""

@@ -1,0 +1,47 @@
+"""Attention over packed rows.
+
+B rows, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head width.
+
+| backend | where | segments | causal | window | dense mask |
+|---------|-------|----------|--------|--------|------------|
+| xla     | any   | yes      | yes    | yes    | [B, T, S] booleans, fused by XLA |
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_MASKED = -1e30  # finite: a row of padding alone then gets a uniform, unused average, not NaN
+
+
+def attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    *,
+    query_segments_BT: Array,
+    key_segments_BS: Array,
+    causal: bool = False,
+    window: int | None = None,
+) -> Array:
+    """Softmax attention among the positions of one packed text. Returns [B, T, N, H].
+
+    Segments are int32, 0 = padding; a query sees the keys of its own segment alone. causal: only
+    keys at or before its own place in the row; window: only the last `window` of those (Mistral's
+    sliding window). Scores are scaled by H^-1/2 and normalised in float32.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    seen_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+    seen_BTS &= key_segments_BS[:, None, :] > 0
+    if causal:
+        distance_TS = jnp.arange(T)[:, None] - jnp.arange(k_BSKH.shape[1])[None, :]
+        near_TS = distance_TS >= 0
+        if window is not None:
+            near_TS &= distance_TS < window
+        seen_BTS &= near_TS[None]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen_BTS[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(B, T, N, H)
