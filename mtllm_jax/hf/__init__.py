@@ -1,0 +1,1 @@
+"""Hugging Face folders in and out. The only room that knows their names for things."""

@@ -1,0 +1,258 @@
+"""A Hugging Face folder: config.json and safetensors, read lazily and written in one piece.
+
+A key table says where a model's tensors lie. It is a dict from the path of a parameter of ours to
+the name of the tensor(s) of theirs:
+
+    {"embedding_VE": "model.shared.weight",
+     "layers.query.kernel": "model.layers.{layer}.self_attn.q_proj.weight"}
+
+`{layer}` stands for 0 … L−1, stacked along our leading dim. A parameter called `kernel` is the
+transpose of the torch weight ([in, out] against [out, in]); all others have the same layout.
+"""
+
+import fnmatch
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+KeyTable = Mapping[str, str]
+Module = TypeVar("Module", bound=nnx.Module)
+
+_PREFIX = "model."
+_WEIGHTS = "model.safetensors"
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "sentencepiece.bpe.model", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def read_config(folder: str | os.PathLike, model_types: Sequence[str]) -> dict[str, Any]:
+    """The folder's config.json. ValueError for what is not a folder of one of `model_types`."""
+    path = Path(folder) / "config.json"
+    allowed = " or ".join(model_types)
+    if not path.is_file():
+        what = "has no config.json" if Path(folder).is_dir() else "is not a folder"
+        raise ValueError(f"{folder} {what}; expected a Hugging Face folder of {allowed}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("model_type") not in model_types:
+        found = config.get("model_type") if isinstance(config, dict) else None
+        raise ValueError(f"{path}: model_type is {found!r}; it may be {allowed}")
+    if config.get("quantization_config"):
+        raise ValueError(f"{path}: quantised weights cannot be read; take the unquantised ones")
+    return config
+
+
+class Tensors:
+    """The tensors of a folder by name, each read from its byte range when asked for."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._entries: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
+        for path in self._files():
+            self._open(path)
+
+    def keys(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][2]
+
+    def read(self, name: str) -> np.ndarray:
+        """float64, float32, float16 or (ml_dtypes) bfloat16, as on disk."""
+        path, dtype, shape, offset = self._entries[name]
+        if dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name} is stored as {dtype}; it may be {', '.join(_DTYPES)}")
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.fromfile(path, _DTYPES[dtype], count, offset=offset).reshape(shape)
+
+    def _files(self) -> list[Path]:
+        if (single := self.folder / _WEIGHTS).is_file():
+            return [single]
+        index = self.folder / f"{_WEIGHTS}.index.json"
+        if not index.is_file():
+            if any(self.folder.glob("*.bin")):
+                raise ValueError(
+                    f"{self.folder} has .bin weights; convert them once with `AutoModel.from_"
+                    "pretrained(DIR).save_pretrained(NEW_DIR)` of a transformers that reads them"
+                )
+            raise ValueError(f"{self.folder} has neither {_WEIGHTS} nor {index.name}")
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is not an index of safetensors files") from None
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise ValueError(f"{self.folder / name} is missing, though {index.name} names it")
+        return [self.folder / name for name in names]
+
+    def _open(self, path: Path) -> None:
+        """Reads the header: 8 bytes of length, then JSON with a byte range for each tensor."""
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            try:
+                header = json.loads(file.read(length)) if 8 + length <= size else None
+            except ValueError:
+                header = None
+        if not isinstance(header, dict):
+            raise ValueError(f"{path} is truncated or not a safetensors file")
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if (needed := 8 + length + end) > size:
+                raise ValueError(f"{path} is truncated: {size} bytes, {name} ends at {needed}")
+            shape = tuple(entry["shape"])
+            self._entries[name] = (path, entry["dtype"], shape, 8 + length + begin)
+
+
+def load_into(
+    module: Module,
+    tensors: Tensors,
+    table: KeyTable,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    aliases: Mapping[str, Sequence[str]] = {},
+    ignored: Iterable[str] = (),
+) -> Module:
+    """`module` (from `nnx.eval_shape`) with its parameters read from `tensors`, in `dtype`.
+
+    aliases: other names under which tied weights may also, or alone, be stored: {name: others}.
+    ignored: patterns (`*`) of tensors that may be there without being read.
+    The prefix `model.` may be absent from all names on disk. What is missing, unexpected or of
+    another shape is told in one ValueError.
+    """
+    stored = {key: key for key in tensors.keys()}
+    stored |= {_PREFIX + key: key for key in stored if not key.startswith(_PREFIX)}
+    graph, state = nnx.split(module)
+    parameters = {_path(keys): (keys, value) for keys, value in nnx.to_flat_state(state)}
+    if missing_rows := parameters.keys() ^ table.keys():
+        raise RuntimeError(f"the key table and the module differ in {sorted(missing_rows)}")
+
+    missing, misshapen, plan = [], [], {}
+    for path, (_, value) in parameters.items():
+        plan[path] = []
+        for name, shape in _tensors_of(path, table[path], value.shape):
+            name = next((n for n in (name, *aliases.get(name, ())) if n in stored), name)
+            if name not in stored:
+                missing.append(name)
+            elif tensors.shape(stored[name]) != shape:
+                found = list(tensors.shape(stored[name]))
+                misshapen.append(f"{name} is {found}, by the config {list(shape)}")
+            else:
+                plan[path].append(stored[name])
+    used = {name for names in plan.values() for name in names}
+    known = [*ignored, *aliases, *(other for others in aliases.values() for other in others)]
+    unexpected = [
+        key
+        for key in tensors.keys()
+        if key not in used
+        and not any(fnmatch.fnmatchcase(n, p) for n in (key, _PREFIX + key) for p in known)
+    ]
+    problems = {"missing": missing, "of another shape": misshapen, "unexpected": unexpected}
+    if any(problems.values()):
+        told = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
+        raise ValueError(f"{tensors.folder}: its tensors are not those of its config.json; {told}")
+
+    flat = []
+    for path, (keys, value) in parameters.items():
+        array = np.empty(value.shape, jnp.dtype(dtype))
+        rows = array if "{layer}" in table[path] else array[None]
+        for row, name in zip(rows, plan[path], strict=True):
+            row[...] = _transposed(path, tensors.read(name))
+        flat.append((keys, value.replace(jnp.asarray(array))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def export_tensors(module: nnx.Module, table: KeyTable) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every tensor in the table, in torch's layout: the inverse of `load_into`."""
+    parameters = {_path(keys): value for keys, value in nnx.to_flat_state(nnx.state(module))}
+    if unknown := sorted(parameters.keys() - table.keys()):
+        raise ValueError(f"parameters without a Hugging Face name: {_some(unknown)} (merge LoRA?)")
+    for path, pattern in table.items():
+        array = np.asarray(parameters[path][...])
+        rows = array if "{layer}" in pattern else array[None]
+        for row, (name, _) in zip(rows, _tensors_of(path, pattern, array.shape), strict=True):
+            yield name, _transposed(path, row)
+
+
+def write_folder(
+    folder: str | os.PathLike,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    tokenizer_files_from: str | os.PathLike | None = None,
+    replace: bool = False,
+) -> None:
+    """A folder with config.json, model.safetensors and, if named, another folder's tokenizer.
+
+    Written beside its place and renamed when complete. ValueError if something stands there,
+    unless `replace`.
+    """
+    folder = Path(folder)
+    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-partial-", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        arrays = {name: np.ascontiguousarray(array) for name, array in tensors}
+        save_file(arrays, partial / _WEIGHTS, metadata={"format": "pt"})
+        _write_json(partial / "config.json", config)
+        if generation_config is not None:
+            _write_json(partial / "generation_config.json", generation_config)
+        if tokenizer_files_from is not None:
+            for name in _TOKENIZER_FILES:
+                if (path := Path(tokenizer_files_from) / name).is_file():
+                    shutil.copyfile(path, partial / name)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tensors_of(
+    path: str, pattern: str, shape: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and torch shape of the tensors that one parameter is made of."""
+    stacked = "{layer}" in pattern
+    one = shape[1:] if stacked else shape
+    one = one[::-1] if path.endswith("kernel") else one
+    for layer in range(shape[0] if stacked else 1):
+        yield pattern.replace("{layer}", str(layer)), one
+
+
+def _transposed(path: str, array: np.ndarray) -> np.ndarray:
+    return array.T if path.endswith("kernel") else array
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return ".".join(map(str, keys))
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
