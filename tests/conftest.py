@@ -1,0 +1,43 @@
+"""What every test finds: eight simulated devices, strict shapes, no hub, the real data if any."""
+
+import os
+
+# JAX reads these once, at its first import: nothing above may import it. Arrays live on the first
+# device unless a test spreads them, so a test without a mesh does not pay for the other seven.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import jax
+import pytest
+
+# [B, S] + [S] is a mistake here until someone writes it out.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _folder(variable: str, what: str) -> Path:
+    """The folder that `variable` names. Unset skips the test; a path that is none fails it."""
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set: it names {what}")
+    folder = Path(value).resolve()
+    if not folder.is_dir():
+        pytest.fail(f"{variable}={value} is not a folder: it names {what}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mtllm_data() -> Path:
+    """The folder of real data sets, one sub-folder each (sib200/, nusax/, …)."""
+    return _folder("MTLLM_DATA", "the folder of real data sets")
+
+
+@pytest.fixture(scope="session")
+def mtllm_models() -> Path:
+    """The folder of real pretrained checkpoints, one Hugging Face folder each."""
+    return _folder("MTLLM_MODELS", "the folder of real pretrained checkpoints")
