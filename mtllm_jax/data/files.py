@@ -1,0 +1,244 @@
+"""A user's files → rows of a labelled task, and English texts for general adaptation.
+
+Files are read whole and checked whole before anything is trained: each error is one sentence that
+names the file and the line where the row starts (in Parquet, which has no lines, the row). Lines
+and rows count from 1.
+"""
+
+import difflib
+import glob
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mtllm_jax.data import formats
+from mtllm_jax.languages import LANGUAGES, check_language
+
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+_CHUNK = 1 << 16  # texts that are Python objects at a time, before Arrow packs their bytes together
+
+
+def read_rows(
+    path: str | Path,
+    *,
+    columns: Mapping[str, type],
+    optional: Sequence[str] = ("id", "text_pair"),
+    labels: Sequence[str] | None = None,
+    languages: Collection[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of one .jsonl, .jsonl.gz, .csv, .tsv or .parquet file, in their order.
+
+    columns: what must be there, by name, as str or int. A whole number is taken for a str, so
+    that a label may be 1 or "1". optional: str columns that may be absent. Other columns are left
+    out. defaults: the value of a required column that the file does not have. labels, languages:
+    what these two columns may hold; by default any label, and any FLORES-200 code.
+
+    Each row has the same keys. `id` is the file's, or the row's number from 0; it may not occur
+    twice in a language (parallel rows share theirs across languages).
+
+    Raises ValueError for a file that is missing, of another kind, damaged, empty or not UTF-8, and
+    for a row with a missing column, an empty cell, too few or many cells, a value of a wrong type,
+    an unknown label or language, or a repeated id.
+    """
+    path = Path(path)
+    defaults = defaults or {}
+    kinds = dict.fromkeys(optional, str) | dict(columns)
+    required = [name for name in columns if name not in defaults]
+    codes = tuple(LANGUAGES if languages is None else languages)
+    used: list[str] = []
+    rows: list[dict[str, Any]] = []
+    first_lines: dict[tuple[Any, Any], int] = {}
+    formats.check_file(path, ROW_SUFFIXES)
+    for line, cells in formats.records(path, list(kinds)):
+        where = formats.at(path, line)
+        _check_columns(cells, required, where if rows else formats.header_at(path))
+        if not rows:
+            used = [name for name in kinds if name in cells]
+        for name in kinds:
+            if (name in cells) != (name in used):
+                there, not_there = (line, 1) if name in cells else (1, line)
+                raise ValueError(
+                    f"{path}: line {there} has the field {name!r} and line {not_there} has not."
+                )
+        row = {name: _value(cells[name], kinds[name], name, where) for name in used}
+        if labels is not None and "label" in row and row["label"] not in labels:
+            raise ValueError(f"{where}: {_unknown_label(row['label'], labels)}.")
+        if "language" in row:
+            _check_language(row["language"], codes, where)
+        if "id" in row:
+            key = (row.get("language"), row["id"])
+            if key in first_lines:
+                first = f"{formats.unit(path)} {first_lines[key]}"
+                raise ValueError(
+                    f"{where}: the id {formats.show(row['id'])} was already given in {first}."
+                )
+            first_lines[key] = line
+        absent = {name: value for name, value in defaults.items() if name not in row}
+        rows.append({"id": str(len(rows))} | row | absent)
+    if not rows:
+        raise ValueError(f"{path} holds no rows.")
+    return rows
+
+
+def label_names(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The labels that occur, sorted: a class's number is its place here."""
+    return tuple(sorted({row["label"] for row in rows}))
+
+
+def check_same_labels(
+    train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], where: str
+) -> None:
+    """Raises ValueError where test rows hold a label that training never shows.
+
+    A label that only training has is fine: a small test set need not show every class. `where`
+    names the test rows in the error (a file, a language).
+    """
+    known = label_names(train_rows)
+    for label in label_names(test_rows):
+        if label not in known:
+            raise ValueError(f"{where}: {_unknown_label(label, known)}, as in the training rows.")
+
+
+class Texts:
+    """Texts in memory by number, as grain's random-access sources are. `files`: where from."""
+
+    def __init__(self, column: pa.ChunkedArray, files: Sequence[Path]):
+        self._column = column
+        self.files = tuple(files)
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, i: int) -> str:
+        return self._column[int(i)].as_py()
+
+
+def read_texts(path: str | Path) -> Texts:
+    """English texts for general adaptation, from a file, a folder (searched below too) or a glob.
+
+    .txt holds a text a line (blank lines are skipped); .jsonl, .jsonl.gz and .parquet have them
+    under "text", the layout of web-text collections. Files follow each other sorted by path. A
+    folder must hold one kind of them, so that a licence or a second copy is not read as text.
+
+    Raises ValueError as `read_rows` does, and for a folder or glob without such files.
+    """
+    files = _text_files(path)
+    chunks = [chunk for file in files for chunk in _text_chunks(file)]
+    return Texts(pa.chunked_array(chunks, pa.large_string()), files)
+
+
+def _text_files(path: str | Path) -> list[Path]:
+    given = Path(path)
+    if given.is_dir():
+        below = ((file, file.relative_to(given).parts) for file in given.rglob("*"))
+        files = [f for f, parts in below if not any(part.startswith(".") for part in parts)]
+        files = [f for f in files if f.is_file() and formats.suffix_of(f) in TEXT_SUFFIXES]
+        kinds = sorted({formats.suffix_of(file) for file in files})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{path} holds {' and '.join(kinds)} files; name one kind, such as"
+                f" {given / '**' / ('*' + kinds[0])}."
+            )
+    elif given.exists() or not any(sign in str(path) for sign in "*?["):
+        return [given]
+    else:
+        files = [Path(f) for f in glob.glob(str(path), recursive=True) if Path(f).is_file()]
+    if not files:
+        raise ValueError(f"{path} names no file; {', '.join(TEXT_SUFFIXES)} are read.")
+    return sorted(files)
+
+
+def _text_chunks(path: Path) -> list[pa.Array]:
+    formats.check_file(path, TEXT_SUFFIXES)
+    if formats.suffix_of(path) == ".parquet":
+        return _parquet_texts(path)
+    if formats.suffix_of(path) == ".txt":
+        texts = (text.rstrip("\r\n") for _, text in formats.lines(path) if text.strip())
+    else:
+        texts = (_json_text(path, line, cells) for line, cells in formats.json_records(path))
+    chunks = []
+    while batch := list(itertools.islice(texts, _CHUNK)):
+        chunks.append(pa.array(batch, pa.large_string()))
+    if not chunks:
+        raise ValueError(f"{path} holds no text.")
+    return chunks
+
+
+def _json_text(path: Path, line: int, cells: formats.Cells) -> str:
+    where = formats.at(path, line)
+    _check_columns(cells, ["text"], where)
+    return _value(cells["text"], str, "text", where)
+
+
+def _parquet_texts(path: Path) -> list[pa.Array]:
+    names, table = formats.read_parquet(path, ["text"])
+    _check_columns(names, ["text"], formats.header_at(path))
+    column = table["text"]
+    if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
+        raise ValueError(f"{path}: the column 'text' is {column.type}, it must be string.")
+    if not len(column):
+        raise ValueError(f"{path} holds no text.")
+    column = column.cast(pa.large_string())
+    blank = pc.equal(pc.fill_null(pc.utf8_trim_whitespace(column), ""), "")
+    if (row := pc.index(blank, True).as_py()) >= 0:
+        raise ValueError(f"{formats.at(path, row + 1)}: the text is empty.")
+    return column.chunks
+
+
+def _check_columns(names: Collection[str], required: Sequence[str], where: str) -> None:
+    for name in required:
+        if name not in names:
+            there = ", ".join(repr(n) for n in names) or "none"
+            raise ValueError(
+                f"{where}: there is no column {name!r}; there is {there}{_nearest(name, names)}."
+            )
+
+
+def _check_language(code: str, allowed: Sequence[str], where: str) -> None:
+    try:
+        check_language(code, allowed)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).rstrip('.')}.") from None
+
+
+def _value(value: object, kind: type, name: str, where: str) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{where}: the {name} is {formats.show(value)}, it must be a string or a whole number."
+        )
+    if not value.strip():
+        raise ValueError(f"{where}: the {name} is empty.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell it, UTF-8 and so the tokenizers cannot
+        raise ValueError(
+            f"{where}: the {name} holds half of a surrogate pair, {formats.show(value)}."
+        ) from None
+    if kind is int:
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(
+                f"{where}: the {name} is {formats.show(value)}, it must be a whole number."
+            ) from None
+    return value
+
+
+def _unknown_label(label: str, known: Sequence[str]) -> str:
+    there = ", ".join(repr(name) for name in known)
+    return f"the label is {formats.show(label)}, it must be one of {there}{_nearest(label, known)}"
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    """ " (nearest: 'that')", or nothing where no candidate is like `name`, whatever the case."""
+    by_lower = {candidate.lower().strip(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower().strip(), by_lower, 1)
+    return f" (nearest: {by_lower[close[0]]!r})" if close else ""
