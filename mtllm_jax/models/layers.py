@@ -7,6 +7,7 @@ again inside `jax.jit`, where their methods are pure functions of the arrays the
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
+Layers = TypeVar("Layers", bound=nnx.Module)
 
 
 class LoRAParam(nnx.Param):
@@ -34,7 +36,9 @@ def param(
     return kind(init(rngs.params(), tuple(shape), jnp.float32), dims=tuple(dims))
 
 
-def stacked(num_layers: int | None, shape: Sequence[int], dims: Sequence[str]):
+def stacked(
+    num_layers: int | None, shape: Sequence[int], dims: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Shape and dims with the layer dim in front, or as they are for `num_layers=None`."""
     if num_layers is None:
         return tuple(shape), tuple(dims)
@@ -132,8 +136,8 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 def scan_layers(
-    layers: nnx.Module,
-    apply: Callable[[nnx.Module, Array, Array | None], Array],
+    layers: Layers,
+    apply: Callable[[Layers, Array, Array | None], Array],
     h: Array,
     *,
     num_layers: int,
@@ -149,7 +153,7 @@ def scan_layers(
     graph, state = nnx.split(layers)
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
 
-    def step(h, state_and_key):
+    def step(h: Array, state_and_key: tuple[nnx.State, Array | None]) -> tuple[Array, None]:
         layer_state, key = state_and_key
         return apply(nnx.merge(graph, layer_state), h, key), None
 

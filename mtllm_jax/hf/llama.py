@@ -1,0 +1,320 @@
+"""Llama, Mistral, Qwen2 and Qwen3 folders in and out.
+
+config.json is read as transformers 4 wrote it (`rope_theta`, `rope_scaling`) and as transformers 5
+does (`rope_parameters`). It is written with both: a reader that knows only one of them would run
+with the default theta and never notice.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mtllm_jax.hf.folder import Tensors, export_tensors, load_into, read_config, write_folder
+from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
+from mtllm_jax.ops.rope import LinearScaling, Llama3Scaling, RopeScaling
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# What transformers fills in where a config.json leaves a field out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131_072,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
+}
+_ROPE_TYPES = ("default", "linear", "llama3")
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load_llama(
+    folder: str | os.PathLike,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    remat: str = "none",
+    unroll_layers: bool = False,
+) -> Llama:
+    """The model of a Hugging Face folder, its parameters in `dtype` whatever they are on disk.
+
+    ValueError, before any weight is read, for a folder, field or tensor that does not fit.
+    """
+    source = read_config(folder, FAMILIES)
+    try:
+        config = dataclasses.replace(
+            config_from_hf(source), remat=remat, unroll_layers=unroll_layers
+        )
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(folder)}/config.json: {error}") from None
+    tensors = Tensors(folder)
+    if config.tie_embeddings:
+        _check_tied(tensors)
+    return load_into(
+        nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))),
+        tensors,
+        key_table(config),
+        dtype,
+        aliases={_EMBEDDING: (_OUTPUT,)} if config.tie_embeddings else {},
+        ignored=("*.rotary_emb.inv_freq",),  # a constant that old Llama checkpoints stored
+    )
+
+
+def save_llama(
+    model: Llama,
+    folder: str | os.PathLike,
+    tokenizer_files_from: str | os.PathLike | None = None,
+) -> None:
+    """A folder that transformers loads as a causal LM, tensors in the dtype they have here.
+
+    LoRA adapters are to be merged before. ValueError if the folder exists and is not empty.
+    """
+    config = config_to_hf(model.config)
+    config["dtype"] = str(model.embedding[...].dtype)
+    token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation_config = {"_from_model_config": True} | {
+        name: config[name]
+        for name in (*token_ids, "transformers_version")
+        if config[name] is not None
+    }
+    write_folder(
+        folder,
+        dict(sorted(config.items())),
+        export_tensors(model, key_table(model.config)),
+        generation_config=generation_config,
+        tokenizer_files_from=tokenizer_files_from,
+    )
+
+
+def key_table(config: LlamaConfig) -> dict[str, str]:
+    """Where each parameter of ours lies in the checkpoint (see `hf.folder`)."""
+    layer = "model.layers.{layer}."
+    table = {
+        "embedding": _EMBEDDING,
+        "norm.scale": "model.norm.weight",
+        "layers.attention_norm.scale": layer + "input_layernorm.weight",
+        "layers.ffn_norm.scale": layer + "post_attention_layernorm.weight",
+    }
+    for ours, theirs in {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }.items():
+        table[f"layers.{ours}.kernel"] = f"{layer}{theirs}.weight"
+        if config.qkv_bias and ours in ("q", "k", "v"):
+            table[f"layers.{ours}.bias"] = f"{layer}{theirs}.bias"
+    if config.qk_norm:
+        table["layers.q_norm.scale"] = layer + "self_attn.q_norm.weight"
+        table["layers.k_norm.scale"] = layer + "self_attn.k_norm.weight"
+    if not config.tie_embeddings:
+        table["output"] = _OUTPUT
+    return table
+
+
+def config_from_hf(source: Mapping[str, Any]) -> LlamaConfig:
+    """A config.json as our config. ValueError naming the field that does not fit."""
+    family = source["model_type"]
+    source = {**_DEFAULTS[family], **source}
+    for field in ("attention_bias", "mlp_bias"):
+        if source.get(field):
+            raise ValueError(f"{field} is {source[field]!r}; only false is supported")
+    if (activation := source.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"hidden_act is {activation!r}; only 'silu' is supported")
+    width, num_heads = _count(source, "hidden_size"), _count(source, "num_attention_heads")
+    if source.get("head_dim") is None and width % num_heads:
+        raise ValueError(
+            f"hidden_size is {width}; without head_dim it must be a multiple of "
+            f"num_attention_heads, {num_heads}"
+        )
+    has_kv_heads = source.get("num_key_value_heads") is not None
+    num_kv_heads = _count(source, "num_key_value_heads") if has_kv_heads else num_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_attention_heads is {num_heads}; it must be a multiple of num_key_value_heads, "
+            f"{num_kv_heads}"
+        )
+    eos = source.get("eos_token_id")
+    theta, scaling = _rope(source)
+    return LlamaConfig(
+        vocab_size=_count(source, "vocab_size"),
+        width=width,
+        num_layers=_count(source, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_width=width // num_heads
+        if source.get("head_dim") is None
+        else _count(source, "head_dim"),
+        ffn_width=_count(source, "intermediate_size"),
+        rms_eps=_positive(source.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=bool(source.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=_sliding_window(source),
+        family=family,
+        max_positions=_count(source, "max_position_embeddings"),
+        bos_id=source.get("bos_token_id"),
+        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        pad_id=source.get("pad_token_id"),
+    )
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """Our config as the config.json that transformers 5 writes, and 4 reads."""
+    rope = {"rope_type": "default"} | _scaling_to_hf(config.rope_scaling)
+    version = importlib.metadata.version("transformers")
+    result: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[config.family]],
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": _one_or_list(config.eos_ids),
+        "hidden_act": "silu",
+        "hidden_size": config.width,
+        "initializer_range": 0.02,
+        "intermediate_size": config.ffn_width,
+        "max_position_embeddings": config.max_positions,
+        "model_type": config.family,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "pad_token_id": config.pad_id,
+        "rms_norm_eps": config.rms_eps,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "rope_scaling": None if config.rope_scaling is None else rope,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "transformers_version": version,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+        "head_dim": config.head_width,
+    }
+    match config.family:
+        case "llama":
+            result |= {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+        case "mistral":
+            result |= {"sliding_window": config.sliding_window}
+        case "qwen2" | "qwen3":
+            result |= {
+                "layer_types": ["full_attention"] * config.num_layers,
+                "max_window_layers": config.num_layers,
+                "sliding_window": None,
+                "use_sliding_window": False,
+            }
+    if config.family == "qwen3":
+        result["attention_bias"] = False
+    return result
+
+
+def _rope(source: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, by the precedence of transformers 5: `rope_scaling` wins if it is set."""
+    field = "rope_scaling" if source.get("rope_scaling") else "rope_parameters"
+    rope = source.get(field) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{field} is {rope!r}; one set of values for all layers is supported")
+    theta = _positive(rope.get("rope_theta", source.get("rope_theta", 10_000.0)), "rope_theta")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_TYPES:
+        raise ValueError(f"{field}.rope_type is {kind!r}; allowed: {', '.join(_ROPE_TYPES)}")
+    partial = rope.get("partial_rotary_factor", source.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor is {partial!r}; only 1 is supported")
+    if kind == "default":
+        return theta, None
+
+    def number(name: str, default: Any = None) -> float:
+        return _positive(rope.get(name, default), f"{field}.{name}")
+
+    if kind == "linear":
+        return theta, LinearScaling(number("factor"))
+    original = source.get(
+        "original_max_position_embeddings",
+        rope.get("original_max_position_embeddings", source["max_position_embeddings"]),
+    )
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if low >= high:
+        raise ValueError(
+            f"{field}.low_freq_factor is {low}; it must be below high_freq_factor, {high}"
+        )
+    positions = _positive(original, "original_max_position_embeddings")
+    return theta, Llama3Scaling(number("factor"), low, high, int(positions))
+
+
+def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any]:
+    match scaling:
+        case None:
+            return {}
+        case LinearScaling(factor):
+            return {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling(factor, low, high, original):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+
+
+def _sliding_window(source: Mapping[str, Any]) -> int | None:
+    """Mistral's window. Llama has none; Qwen's differs from layer to layer and is refused."""
+    if source["model_type"] == "mistral":
+        no_window = source.get("sliding_window") is None
+        return None if no_window else _count(source, "sliding_window")
+    if source["model_type"] in ("qwen2", "qwen3"):
+        kinds = set(source.get("layer_types") or ["full_attention"])
+        if source.get("use_sliding_window") or kinds != {"full_attention"}:
+            raise ValueError(
+                "use_sliding_window or layer_types asks for a sliding window in some layers; only "
+                "full attention in all of them is supported"
+            )
+    return None
+
+
+def _check_tied(tensors: Tensors) -> None:
+    """Some files store an output of their own and claim that it is tied: loaders disagree there."""
+    stored = {name.removeprefix("model."): name for name in tensors.keys()}
+    names = [stored.get(name.removeprefix("model.")) for name in (_EMBEDDING, _OUTPUT)]
+    if None in names:
+        return
+    embedding, output = (tensors.read(name) for name in names if name is not None)
+    if not np.array_equal(embedding, output):
+        raise ValueError(
+            f"{tensors.folder}: {_OUTPUT} differs from {_EMBEDDING} though tie_word_embeddings is "
+            "true; set it to false in config.json to use both, or take the tensor out"
+        )
+
+
+def _count(source: Mapping[str, Any], field: str) -> int:
+    value = source.get(field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} is {value!r}; it must be a whole number above 0")
+    return value
+
+
+def _positive(value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"{field} is {value!r}; it must be a number above 0")
+    return float(value)
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    return list(ids) if len(ids) > 1 else ids[0] if ids else None

@@ -1,0 +1,76 @@
+"""Rotary positions (RoFormer, arXiv 2104.09864), half-split as in Hugging Face checkpoints.
+
+B rows, T positions, N heads, H head width. Dims i and i + H/2 form the pair that frequency i turns;
+the paper (and Meta's own files) pair 2i with 2i + 1, so q and k rows are stored in another order.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's scaling: long waves slowed by `factor`, short ones kept, a ramp between.
+
+    `original_positions` is the context length before extension; a wave is long if fewer than
+    `low_frequency_factor` turns of it fit in there, short if more than `high_frequency_factor` do.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_positions: int
+
+
+RopeScaling = LinearScaling | Llama3Scaling
+
+
+def rope_frequencies(
+    head_width: int, theta: float, scaling: RopeScaling | None = None
+) -> np.ndarray:
+    """Radians per position, float32 [H/2]: theta^(−2i/H), scaled. A constant of the model.
+
+    ValueError for an odd `head_width`, which leaves a dim without a partner.
+    """
+    if head_width % 2:
+        raise ValueError(f"head_width is {head_width}; rotary positions need an even number")
+    # float32 throughout, as the checkpoints were trained: at position 100,000 the last bit shows.
+    exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
+    frequencies = np.float32(1.0) / np.power(np.float32(theta), exponents)
+    match scaling:
+        case None:
+            return frequencies
+        case LinearScaling(factor):
+            return frequencies / np.float32(factor)
+        case Llama3Scaling():
+            return _llama3(frequencies, scaling)
+
+
+def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
+    """The frequencies of Llama 3.1, after the reference code in Meta's `llama-models` release."""
+    turns = scaling.original_positions * frequencies / np.float32(2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (kept * frequencies + (1.0 - kept) * frequencies / scaling.factor).astype(np.float32)
+
+
+def apply_rope(x_BTNH: Array, positions_BT: Array, frequencies: np.ndarray) -> Array:
+    """Turn each pair of dims by position × frequency. Computed in float32, returned as `x` came.
+
+    positions_BT: int32, from 0 within each text. frequencies: float32 [H/2].
+    """
+    angles_BTH = positions_BT[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
+    cos, sin = jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
