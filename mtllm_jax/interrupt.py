@@ -1,0 +1,98 @@
+"""How a run stops on Ctrl-C or when the machine is taken away.
+
+Signals belong to the whole process, and so does the one record of them here.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """A loop was asked to stop and has saved its state; the message says where it stopped."""
+
+
+@dataclasses.dataclass
+class Stop:
+    """What the process was asked to do, and by which signal; polled between training steps."""
+
+    requested: bool = False
+    signum: int = signal.SIGINT
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, as shells expect; 0 after SIGTERM, which schedulers send and honour."""
+        return 0 if self.signum == signal.SIGTERM else 128 + self.signum
+
+
+_STOP = Stop()
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def last_stop() -> Stop:
+    """The process-wide record of the latest signal."""
+    return _STOP
+
+
+def same_command() -> str:
+    """The command line of this process, as one would type it again."""
+    return shlex.join(["python", *sys.argv])
+
+
+def raise_on_signal() -> None:
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt: what holds outside training loops."""
+    for signum in _SIGNALS:
+        signal.signal(signum, _raise)
+
+
+def quit_on_signal() -> None:
+    """Make the next SIGINT or SIGTERM end the process at once: what holds while it is leaving."""
+    for signum in _SIGNALS:
+        signal.signal(signum, _quit)
+
+
+@contextlib.contextmanager
+def graceful_stop() -> Iterator[Stop]:
+    """Within it the first SIGINT or SIGTERM only sets `requested`; a second one ends the process.
+
+    The loop inside polls `stop.requested` after each step, saves a checkpoint and raises
+    `Interrupted`. Call it from the main thread.
+    """
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    _STOP.requested = False
+    for signum in _SIGNALS:
+        signal.signal(signum, _request)
+    try:
+        yield _STOP
+    finally:
+        # A loop that ended before it polled again must not swallow the wish to stop.
+        for signum in _SIGNALS:
+            signal.signal(signum, before[signum])
+    if _STOP.requested:
+        raise KeyboardInterrupt
+
+
+def _request(signum: int, frame: FrameType | None) -> None:
+    _STOP.requested = True
+    _STOP.signum = signum
+    for each in _SIGNALS:
+        signal.signal(each, _quit)
+
+
+def _raise(signum: int, frame: FrameType | None) -> None:
+    _STOP.signum = signum
+    raise KeyboardInterrupt
+
+
+def _quit(signum: int, frame: FrameType | None) -> None:
+    # Unwinding could wait for a step, a checkpoint or a worker; who asks twice wants none of it.
+    _STOP.signum = signum
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""
+    line = f"{show_cursor}\nstopped at once. Go on with: {same_command()}\n"
+    os.write(2, line.encode())
+    os._exit(_STOP.exit_code)
