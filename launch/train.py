@@ -49,8 +49,9 @@ def main(config: MTLLM) -> None:
 
         console = Console()
         if folder.is_finished():
-            results = folder.read_json("results.json")
-            console.print(results_table(results, folder.path, console.width))
+            console.print(
+                results_table(folder.read_json("results.json"), folder.path, console.width)
+            )
             return
         recipe = importlib.import_module(RECIPES[config.recipe][1])
         recipe.run(config, folder, console, dry_run=_DRY_RUN.value)
