@@ -6,7 +6,7 @@ The same command again goes on where it stopped; on a finished run it prints the
 import contextlib
 import importlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -29,14 +29,11 @@ def schema(values: Mapping[str, Any]) -> type:
     return RECIPES[recipe][0]
 
 
-@contextlib.contextmanager
-def workdir(config: MTLLM) -> Iterator[str]:
+def workdir(config: MTLLM) -> contextlib.AbstractContextManager[str]:
     """The run's folder, or for a dry run one that is gone afterwards."""
     if _DRY_RUN.value:
-        with tempfile.TemporaryDirectory(prefix="mtllm-dry-run-") as folder:
-            yield folder
-    else:
-        yield _WORKDIR.value or f"runs/{config.recipe}-{config.name}"
+        return tempfile.TemporaryDirectory(prefix="mtllm-dry-run-")
+    return contextlib.nullcontext(_WORKDIR.value or f"runs/{config.recipe}-{config.name}")
 
 
 def main(config: MTLLM) -> None:
@@ -49,9 +46,8 @@ def main(config: MTLLM) -> None:
 
         console = Console()
         if folder.is_finished():
-            console.print(
-                results_table(folder.read_json("results.json"), folder.path, console.width)
-            )
+            results = folder.read_json("results.json")
+            console.print(results_table(results, folder.path, console.width))
             return
         recipe = importlib.import_module(RECIPES[config.recipe][1])
         recipe.run(config, folder, console, dry_run=_DRY_RUN.value)
