@@ -1,0 +1,216 @@
+"""Every setting of a run, with its unit. Resolved once, checked once, then only read.
+
+Where a value comes from stands in the recipe that sets it (`configs/`), with its tag: [code] the
+authors' public code, [abs] the paper's abstract, [fallback] a neighbouring project's documented
+value, [ours] our own choice.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from mtllm_jax.languages import check_language
+
+
+def require(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raise the one-sentence error of a setting that cannot be."""
+    if not condition:
+        raise ValueError(f"config.{field} is {value!r}; it must be {allowed}.")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one stage is trained: AdamW with a warmed-up schedule over packed rows."""
+
+    steps: int  # optimizer updates
+    batch_rows: int  # rows per update, over all devices
+    learning_rate: float  # peak
+    source_length: int = 0  # encoder tokens per row; 0 = the stage has no encoder side
+    target_length: int = 0  # decoder tokens per row; 0 = the stage has no decoder side
+    packing: bool = True  # several texts per row, or one
+    warmup: float = 0.1  # fraction of steps
+    schedule: Literal["linear", "cosine"] = "cosine"
+    final_rate: float = 0.05  # learning rate at the last step, as a fraction of the peak
+    weight_decay: float = 0.01  # on matrices; norms and biases are not decayed
+    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+    accumulation: int = 1  # micro-batches a batch is cut into
+    checkpoint_every: int = 200  # steps
+
+    def check(self, where: str) -> None:
+        require(self.steps >= 1, f"{where}.steps", self.steps, "at least 1")
+        require(self.batch_rows >= 1, f"{where}.batch_rows", self.batch_rows, "at least 1")
+        require(self.learning_rate > 0, f"{where}.learning_rate", self.learning_rate, "above 0")
+        require(0 <= self.warmup <= 1, f"{where}.warmup", self.warmup, "a fraction from 0 to 1")
+        require(self.clip_norm >= 0, f"{where}.clip_norm", self.clip_norm, "0 (off) or above")
+        for name in ("accumulation", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"{where}.{name}", value, "at least 1")
+        require(
+            self.batch_rows % self.accumulation == 0,
+            f"{where}.accumulation",
+            self.accumulation,
+            f"a divisor of batch_rows, {self.batch_rows}",
+        )
+
+
+@dataclass(frozen=True)
+class MiniNLLB:
+    """The tiny encoder–decoder that the default run trains for itself, NLLB's shape."""
+
+    training: Training
+    vocab_size: int  # pieces, language codes and special tokens together
+    width: int
+    num_heads: int
+    ffn_width: int
+    encoder_layers: int
+    decoder_layers: int
+    english_share: float  # of the training pairs that are English → English
+    noise_position: float  # std of Gaussian noise on the encoder output (rms 1), per position
+    noise_text: float  # the same, one draw per text
+    memory_dropout: float  # fraction of encoder positions hidden from the decoder
+    negatives: int  # pieces that never occur in targets, sampled per step into the softmax
+    subword_sampling: float  # sentencepiece's alpha; 0 = none
+    samplings: int  # segmentations of each text
+
+
+@dataclass(frozen=True)
+class MiniLlama:
+    """The tiny LLM that the default run trains for itself, Llama's shape."""
+
+    training: Training
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_width: int
+
+
+@dataclass(frozen=True)
+class LoRA:
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]  # names of the linears, or ("all",)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Stage 1: the stack learns the LLM's pooled state of English text."""
+
+    training: Training
+    noise_position: float = 0.0  # std of Gaussian noise on the encoder output, per position
+    noise_text: float = 0.0  # the same, one draw per text
+    subword_sampling: float = 0.0  # sentencepiece's alpha for the encoder side; 0 = none
+    samplings: int = 1  # segmentations of each text
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Stage 2b: the stack learns the task teacher's pooled state of the task's English texts."""
+
+    training: Training
+    start: Literal["stage1", "stage1+teacher"]  # the latter adds what the teacher learnt in 2a
+    noise_position: float = 0.0
+    noise_text: float = 0.0
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; at most one -1, which takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """A user's own task: JSONL, CSV, TSV or Parquet files with columns text, label, language."""
+
+    train: str = ""  # English training rows; "" = the embedded task
+    test: str = ""  # rows to evaluate on, in any languages
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    batch_rows: int  # texts per forward pass
+    max_length: int  # tokens of a text, both sides; longer ones are cut
+    max_new_tokens: int  # of a translation
+
+
+@dataclass(frozen=True)
+class MTLLM:
+    """MT-LLM, from checkpoints to the table."""
+
+    recipe: Literal["mtllm"]
+    name: str  # of the settings: mini, llama3-8b
+    seed: int
+    encoder: str  # Hugging Face folder of the MT model; "" = train the mini NLLB
+    llm: str  # Hugging Face folder of the LLM; "" = train the mini Llama
+    english: str  # FLORES-200 code of the language the LLM is adapted and trained in
+    languages: tuple[str, ...]  # FLORES-200 codes evaluated beside English
+    adaptation_text: str  # English text for stage 1; "" = the embedded text
+    task: TaskFiles
+    mini_nllb: MiniNLLB
+    mini_llama: MiniLlama
+    bidirectional: bool  # the LLM's attention in stages 1 and 2; as LLM2Vec makes it
+    trained: Literal["lora", "all"]  # LLM weights that learn: adapters, or all (teacher: a copy)
+    lora: LoRA
+    adaptation: Adaptation
+    teacher: Training
+    distillation: Distillation
+    mt_encoder: Training
+    evaluation: Evaluation
+    mesh: Mesh
+    compute_dtype: Literal["float32", "bfloat16"]
+    frozen_dtype: Literal["float32", "bfloat16"]
+    unroll_layers: bool  # a Python loop over layers instead of lax.scan
+    remat: Literal["none", "full", "dots"]  # what the backward pass recomputes
+
+    def __post_init__(self) -> None:
+        check_language(self.english)
+        for code in self.languages:
+            check_language(code)
+        require(len(self.languages) > 0, "languages", self.languages, "at least one code")
+        require(
+            len(set(self.languages)) == len(self.languages),
+            "languages",
+            self.languages,
+            "a list without repetitions",
+        )
+        require(
+            self.english not in self.languages,
+            "languages",
+            self.languages,
+            f"languages other than {self.english}",
+        )
+        require(
+            bool(self.task.train) == bool(self.task.test),
+            "task",
+            dataclasses.asdict(self.task),
+            "either both files or neither",
+        )
+        for where, training in self.stages().items():
+            training.check(where)
+        sizes = dataclasses.asdict(self.mesh)
+        require(
+            all(n >= 1 or n == -1 for n in sizes.values()) and list(sizes.values()).count(-1) <= 1,
+            "mesh",
+            sizes,
+            "positive sizes with at most one -1",
+        )
+        lora = self.lora
+        require(lora.rank >= 1, "lora.rank", lora.rank, "at least 1")
+        require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "from 0 to below 1")
+
+    def stages(self) -> dict[str, Training]:
+        """The trained stages' settings by dotted name."""
+        return {
+            "mini_nllb.training": self.mini_nllb.training,
+            "mini_llama.training": self.mini_llama.training,
+            "adaptation.training": self.adaptation.training,
+            "teacher": self.teacher,
+            "distillation.training": self.distillation.training,
+            "mt_encoder": self.mt_encoder,
+        }

@@ -1,0 +1,67 @@
+"""Texts through a model, many at a time: rows of like length together, few compiled shapes.
+
+B rows, S positions, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from mtllm_jax import sharding
+from mtllm_jax.data.packing import padded
+from mtllm_jax.data.pipeline import by_length
+
+# (state, ids [B, S], segments [B, S]) → one vector per row, [B, D]
+Forward = Callable[[Any, Array, Array], Array]
+
+
+class Vectors:
+    """A forward pass as a function from tokenised texts to float32 vectors [texts, D].
+
+    forward is compiled once per length, a multiple of 8, of 32 beyond 64. batch_rows: texts per
+    forward pass; a multiple of the devices that rows are cut over (ValueError otherwise).
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        state: Any,
+        *,
+        pad_id: int,
+        batch_rows: int,
+        mesh: jax.sharding.Mesh,
+    ):
+        sharding.check_rows(batch_rows, mesh, "evaluation.batch_rows")
+        self._forward = jax.jit(forward)
+        self._state = sharding.place(state, mesh)
+        self._pad_id = pad_id
+        self._batch_rows = batch_rows
+        self._mesh = mesh
+
+    def __call__(
+        self, texts: Sequence[np.ndarray], done: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """In the order given. done: told after each batch how many texts are finished."""
+        if not texts:
+            raise ValueError("there are no texts to run through the model.")
+        pending = []
+        for places in by_length([len(text) for text in texts], self._batch_rows):
+            chosen = [texts[i] for i in places]
+            multiple = 8 if len(chosen[0]) <= 64 else 32
+            batch = padded(chosen, "text", self._pad_id, rows=self._batch_rows, multiple=multiple)
+            batch = sharding.place_batch(batch, self._mesh)
+            # Dispatch does not wait: the next batch is padded while this one is computed.
+            pending.append(
+                (places, self._forward(self._state, batch["text_ids"], batch["text_segments"]))
+            )
+            if done is not None and len(pending) > 1:
+                pending[-2][1].block_until_ready()
+                done(sum(len(places) for places, _ in pending[:-1]))
+        width = pending[0][1].shape[1:]
+        result = np.empty((len(texts), *width), np.float32)
+        for places, rows in pending:
+            result[places] = np.asarray(rows)[: len(places)]
+        return result

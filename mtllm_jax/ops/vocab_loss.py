@@ -1,0 +1,72 @@
+"""Cross-entropy over a vocabulary, in chunks of tokens.
+
+M tokens, D width, V vocabulary, C candidates.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def cross_entropy(
+    h_MD: Array,
+    kernel_VD: Array,
+    labels_M: Array,
+    weights_M: Array,
+    *,
+    bias_V: Array | None = None,
+    chunk: int = 0,
+) -> tuple[Array, Array]:
+    """−log softmax(h · kernelᵀ + bias)[label], as (weighted sum, sum of weights). float32.
+
+    chunk: tokens per step; the logits of one chunk alone exist at a time, also in the backward
+    pass, which computes them again. 0 takes all tokens at once and keeps the logits.
+    """
+
+    def summed(h_MD, labels_M, weights_M):
+        logits_MV = jnp.einsum("md,vd->mv", h_MD, kernel_VD, preferred_element_type=jnp.float32)
+        if bias_V is not None:
+            logits_MV += bias_V[None]
+        picked_M = jnp.take_along_axis(logits_MV, labels_M[:, None], axis=1)[:, 0]
+        return jnp.sum((jax.nn.logsumexp(logits_MV, axis=1) - picked_M) * weights_M)
+
+    weights_M = weights_M.astype(jnp.float32)
+    count = jnp.sum(weights_M)
+    if chunk == 0 or chunk >= h_MD.shape[0]:
+        return summed(h_MD, labels_M, weights_M), count
+    short = -h_MD.shape[0] % chunk
+    chunked = [
+        jnp.pad(x, ((0, short),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+        for x in (h_MD, labels_M, weights_M)
+    ]
+
+    def step(total, piece):
+        return total + jax.checkpoint(summed)(*piece), None
+
+    return jax.lax.scan(step, jnp.zeros((), jnp.float32), chunked)[0], count
+
+
+def sampled_vocabulary(is_label_V: np.ndarray, num_sampled: int, key: Array) -> tuple[Array, Array]:
+    """A small vocabulary that stands for the whole one in a softmax.
+
+    is_label_V: bool, host data: the pieces that occur as labels; all of them are kept. Of the rest
+    `num_sampled` are drawn with replacement, and each counts for rest ÷ num_sampled pieces, which
+    makes the sum of exponentials an unbiased estimate (importance sampling).
+
+    Returns candidates_C, piece ids, labels first and in ascending order (`label_places` finds
+    them), and bias_C, float32, to add to the logits. C = number of labels + num_sampled.
+    """
+    kept, rest = np.flatnonzero(is_label_V), np.flatnonzero(~is_label_V)
+    num_sampled = min(num_sampled, rest.size)
+    bias_C = np.zeros(kept.size + num_sampled, np.float32)
+    if num_sampled == 0:
+        return jnp.asarray(kept), jnp.asarray(bias_C)
+    bias_C[kept.size :] = np.log(rest.size / num_sampled)
+    sampled = jnp.asarray(rest)[jax.random.randint(key, (num_sampled,), 0, rest.size)]
+    return jnp.concatenate([jnp.asarray(kept), sampled]), jnp.asarray(bias_C)
+
+
+def label_places(is_label_V: np.ndarray) -> Array:
+    """Piece id → its place among the candidates of `sampled_vocabulary`. int32 [V], labels alone."""
+    return jnp.asarray(np.cumsum(is_label_V) - 1, jnp.int32)

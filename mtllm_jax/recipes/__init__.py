@@ -1,0 +1,1 @@
+"""The papers: the stages in order, each = data + objective + what is trained."""

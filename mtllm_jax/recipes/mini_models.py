@@ -1,0 +1,239 @@
+"""The default run's own "pretrained" models: a tiny NLLB (X → English) and a tiny Llama.
+
+Both end as ordinary Hugging Face folders; from there on nothing knows that they were made here.
+
+B rows, N texts per row, S encoder positions, T decoder positions, E encoder width, V vocabulary.
+"""
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from mtllm_jax.config import MTLLM, MiniNLLB
+from mtllm_jax.data.babel_tfds import TextDataset
+from mtllm_jax.data.packing import pack
+from mtllm_jax.data.tokenise import (
+    SourceTokenizer,
+    TargetTokenizer,
+    train_llama_tokenizer,
+    train_nllb_tokenizer,
+)
+from mtllm_jax.hf.llama import save_llama
+from mtllm_jax.hf.nllb import save_nllb
+from mtllm_jax.models.llama import Llama, LlamaConfig
+from mtllm_jax.models.nllb import NLLB, NLLBConfig
+from mtllm_jax.models.stack import add_noise
+from mtllm_jax.objectives import Terms, next_tokens
+from mtllm_jax.ops.vocab_loss import cross_entropy, label_places, sampled_vocabulary
+from mtllm_jax.recipes.job import Job
+from mtllm_jax.train import Objective, fit
+
+
+def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
+    """Train the encoder–decoder on the embedded parallel names; returns its folder."""
+    config, seed = job.config.mini_nllb, job.stage_seed("mini_nllb")
+    with job.stage("mini_nllb", "mini NLLB, X → English") as stage:
+        folder = Path(stage.path / "model")
+        if folder.exists():
+            return folder
+        pairs = list(text["parallel"])
+        languages = [job.config.english, *job.config.languages]
+        tokenizer_folder = Path(stage.path / "tokenizer")
+        if not tokenizer_folder.exists():
+            texts = [pair["text"] for pair in pairs] + [pair["english"] for pair in pairs]
+            train_nllb_tokenizer(texts, languages, config.vocab_size, tokenizer_folder, seed)
+        tokenizer = SourceTokenizer(tokenizer_folder)
+        texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed)
+        is_label_V = np.zeros(tokenizer.vocab_size, bool)
+        for one in texts:
+            is_label_V[one["target"]] = True
+        training = config.training
+        model = NLLB(
+            NLLBConfig(
+                vocab_size=tokenizer.vocab_size,
+                width=config.width,
+                encoder_layers=config.encoder_layers,
+                decoder_layers=config.decoder_layers,
+                encoder_heads=config.num_heads,
+                decoder_heads=config.num_heads,
+                encoder_ffn=config.ffn_width,
+                decoder_ffn=config.ffn_width,
+                unroll_layers=job.config.unroll_layers,
+                remat=job.config.remat,
+            ),
+            nnx.Rngs(seed),
+        )
+        # The encoder's output norm stays at weight 1 and bias 0, so that its states keep rms 1:
+        # a learnt scale could simply grow until the noise below no longer matters.
+        graph, fixed, trainable = nnx.split(model, nnx.PathContains("encoder_norm"), ...)
+        trained = fit(
+            stage,
+            "mini NLLB",
+            training,
+            objective=translation(graph, config, is_label_V),
+            trainable=trainable,
+            frozen=fixed,
+            rows=lambda: pack(
+                texts,
+                {"source": training.source_length, "target": training.target_length},
+                {"source": tokenizer.pad_id, "target": tokenizer.pad_id},
+                packing=training.packing,
+            ),
+            mesh=job.mesh,
+            seed=seed,
+            console=job.console,
+        )
+        model = nnx.merge(graph, fixed, trained)
+        save_nllb(model, folder, tokenizer_files_from=tokenizer_folder)
+    return folder
+
+
+def _translation_texts(
+    pairs: Sequence[Any], tokenizer: SourceTokenizer, english: str, config: MiniNLLB, seed: int
+) -> list[dict[str, np.ndarray]]:
+    """Every pair in `samplings` segmentations, and the wanted share of English → English."""
+    by_language: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
+    for pair in pairs:
+        by_language[pair["language"]].append((pair["text"], pair["english"]))
+    names = sorted({pair["english"] for pair in pairs})
+    num_english = round(len(pairs) * config.english_share / (1 - config.english_share))
+    chosen = np.random.default_rng(seed).permutation(np.resize(np.arange(len(names)), num_english))
+    by_language[english] += [(names[i], names[i]) for i in chosen]
+    texts = []
+    for code, rows in by_language.items():
+        targets = tokenizer.encode_target([row[1] for row in rows], english)
+        for sampling in range(config.samplings):
+            sources = tokenizer.encode(
+                [row[0] for row in rows],
+                code,
+                sampling_alpha=config.subword_sampling or None,
+                seed=seed + sampling,
+                max_length=config.training.source_length,
+            )
+            texts += [
+                {"source": source, "target": target[: config.training.target_length]}
+                for source, target in zip(sources, targets, strict=True)
+            ]
+    return [texts[i] for i in np.random.default_rng(seed + 1).permutation(len(texts))]
+
+
+def translation(graph: nnx.GraphDef, config: MiniNLLB, is_label_V: np.ndarray) -> Objective:
+    """Translation as NLLB learns it, with an encoder that noise makes language-independent [ours].
+
+    The decoder reads a noised encoder and only part of its positions: it must find the meaning
+    anywhere, which pulls the languages together in the encoder. The softmax runs over the pieces
+    that occur in targets and a sample of the others.
+    """
+    place_V = label_places(is_label_V)
+
+    def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
+        model: NLLB = nnx.merge(graph, frozen, trainable)
+        noise_key, hide_key, sample_key = jax.random.split(key, 3)
+        source_BS, target_BT = batch["source_segments"], batch["target_segments"]
+        memory_BSE = add_noise(
+            model.encode(batch["source_ids"], source_BS),
+            source_BS,
+            batch["example"].shape[1],
+            config.noise_position,
+            config.noise_text,
+            noise_key,
+        )
+        is_hidden_BS = jax.random.bernoulli(hide_key, config.memory_dropout, source_BS.shape)
+        seen_BS = jnp.where(is_hidden_BS, 0, source_BS)
+        inputs_BT = decoder_inputs(batch["target_ids"], target_BT, model.config.eos_id)
+        h_BTE = model.decode(inputs_BT, target_BT, memory_BSE, seen_BS)
+        candidates_C, bias_C = sampled_vocabulary(is_label_V, config.negatives, sample_key)
+        loss = cross_entropy(
+            h_BTE.reshape(-1, h_BTE.shape[-1]),
+            model.embedding_VE[...][candidates_C],
+            place_V[batch["target_ids"]].reshape(-1),
+            (target_BT > 0).reshape(-1),
+            bias_V=bias_C,
+        )
+        return {"loss": loss}
+
+    return objective
+
+
+def decoder_inputs(labels_BT: Array, segments_BT: Array, eos_id: int) -> Array:
+    """Labels moved one place to the right within each text, </s> in front (M2M100). [B, T]."""
+    before_BT = jnp.pad(labels_BT[:, :-1], ((0, 0), (1, 0)))
+    same_BT = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0))) == segments_BT
+    return jnp.where(same_BT, before_BT, eos_id)
+
+
+def mini_llama(job: Job[MTLLM], text: TextDataset) -> Path:
+    """Train the causal LLM on the embedded English text; returns its folder."""
+    config, seed = job.config.mini_llama, job.stage_seed("mini_llama")
+    with job.stage("mini_llama", "mini Llama, English") as stage:
+        folder = Path(stage.path / "model")
+        if folder.exists():
+            return folder
+        texts = [row["text"] for row in text["english"]]
+        tokenizer_folder = Path(stage.path / "tokenizer")
+        if not tokenizer_folder.exists():
+            train_llama_tokenizer(texts, config.vocab_size, tokenizer_folder)
+        tokenizer = TargetTokenizer(tokenizer_folder)
+        training = config.training
+        eos = np.array([tokenizer.eos_id], np.int32)
+        tokens = tokenizer.encode(texts, max_length=training.target_length - 1)
+        model = Llama(
+            LlamaConfig(
+                vocab_size=tokenizer.vocab_size,
+                width=config.width,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_width=config.width // config.num_heads,
+                ffn_width=config.ffn_width,
+                unroll_layers=job.config.unroll_layers,
+                remat=job.config.remat,
+            ),
+            nnx.Rngs(seed),
+        )
+        graph, trainable = nnx.split(model)
+        trained = fit(
+            stage,
+            "mini Llama",
+            training,
+            objective=language_modelling(graph),
+            trainable=trainable,
+            frozen={},
+            rows=lambda: pack(
+                [{"target": np.concatenate([one, eos])} for one in tokens],
+                {"target": training.target_length},
+                {"target": tokenizer.pad_id},
+                packing=training.packing,
+            ),
+            mesh=job.mesh,
+            seed=seed,
+            console=job.console,
+        )
+        save_llama(nnx.merge(graph, trained), folder, tokenizer_files_from=tokenizer_folder)
+    return folder
+
+
+def language_modelling(graph: nnx.GraphDef) -> Objective:
+    """Causal next-token prediction within each packed text."""
+
+    def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
+        model: Llama = nnx.merge(graph, trainable)
+        ids_BT, segments_BT = batch["target_ids"], batch["target_segments"]
+        labels_BT, valid_BT = next_tokens(ids_BT, segments_BT)
+        h_BTD = model.hidden(model.embed(ids_BT), segments_BT, causal=True)
+        loss = cross_entropy(
+            h_BTD.reshape(-1, h_BTD.shape[-1]),
+            model.output_kernel(),
+            labels_BT.reshape(-1),
+            valid_BT.reshape(-1),
+        )
+        return {"loss": loss}
+
+    return objective

@@ -1,0 +1,485 @@
+"""The stages of MT-LLM (arXiv 2406.12739): each = data + objective + what is trained.
+
+B rows, N texts per row, S encoder positions, T decoder positions, D LLM width, C classes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from mtllm_jax.config import MTLLM, Training
+from mtllm_jax.data.packing import Rows, pack
+from mtllm_jax.data.pipeline import add_by_example
+from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer
+from mtllm_jax.hf.llama import load_llama
+from mtllm_jax.hf.nllb import load_nllb
+from mtllm_jax.inference import Forward, Vectors
+from mtllm_jax.models import lora
+from mtllm_jax.models.bridge import Bridge
+from mtllm_jax.models.layers import Linear, LoRAParam
+from mtllm_jax.models.llama import Llama
+from mtllm_jax.models.nllb import NLLB
+from mtllm_jax.models.stack import Stack, classification_head, llm_pooled, segment_mean
+from mtllm_jax.objectives import Terms, classification, pooled_mse
+from mtllm_jax.recipes.job import Job
+from mtllm_jax.tasks.classification import Classification
+from mtllm_jax.train import Objective, fit
+
+
+@dataclasses.dataclass
+class Parts:
+    """The checkpoints that a run starts from, as read."""
+
+    source: SourceTokenizer
+    target: TargetTokenizer
+    encoder: NLLB  # without its decoder
+    llm: Llama
+
+
+def load_parts(config: MTLLM, encoder_folder: Path, llm_folder: Path) -> Parts:
+    """Both models and tokenizers. ValueError if a language has no code in the vocabulary."""
+    source = SourceTokenizer(encoder_folder)
+    for code in (config.english, *config.languages):
+        source.language_id(code)
+    options = {"remat": config.remat, "unroll_layers": config.unroll_layers}
+    dtype = jnp.dtype(config.frozen_dtype)
+    return Parts(
+        source=source,
+        target=TargetTokenizer(llm_folder),
+        encoder=load_nllb(encoder_folder, with_decoder=False, dtype=dtype, **options),
+        llm=load_llama(llm_folder, dtype=dtype, **options),
+    )
+
+
+def copy(module: Any) -> Any:
+    """A module of its own on the same arrays."""
+    return nnx.merge(*nnx.split(module))
+
+
+def is_trained(config: MTLLM) -> Any:
+    """The filter for what learns: the bridge, heads, and the LLM's adapters or all its layers."""
+    parts = nnx.Any(nnx.PathContains("bridge"), nnx.PathContains("head"))
+    if config.trained == "lora":
+        return nnx.Any(parts, LoRAParam)
+    # Embeddings stay: the stack does not read them, and decay alone would shrink them.
+    return nnx.All(
+        nnx.Not(nnx.Any(*(nnx.PathContains(p) for p in ("encoder", "embedding", "output")))),
+    )
+
+
+def with_adapters(config: MTLLM, llm: Llama, seed: int) -> Llama:
+    """A copy of the LLM that can learn: with fresh LoRA factors, or in float32 where all learns."""
+    llm = copy(llm)
+    if config.trained == "lora":
+        lora.attach(
+            llm,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.lora.targets,
+            rngs=nnx.Rngs(seed),
+        )
+        return llm
+    graph, state = nnx.split(llm)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float32), state))
+
+
+def build_stack(config: MTLLM, parts: Parts, seed: int) -> Stack:
+    """encoder → a fresh bridge → the LLM with what it may learn."""
+    embedding_VD = parts.llm.embedding[...].astype(jnp.float32)
+    scale = float(jnp.sqrt(jnp.mean(jnp.square(embedding_VD))))
+    bridge = Bridge(parts.encoder.config.width, parts.llm.config.width, scale, nnx.Rngs(seed))
+    return Stack(copy(parts.encoder), bridge, with_adapters(config, parts.llm, seed + 1))
+
+
+# ---------------------------------------------------------------- stage 1: general adaptation
+
+
+def adaptation_objective(
+    config: MTLLM, stack_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef
+) -> Objective:
+    """MSE between what the stack makes of a text and what the LLM makes of it, both pooled."""
+    dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
+    noise = (config.adaptation.noise_position, config.adaptation.noise_text)
+
+    def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
+        stack: Stack = nnx.merge(stack_graph, trainable, frozen["stack"])
+        teacher: Llama = nnx.merge(teacher_graph, frozen["teacher"])
+        num_texts = batch["example"].shape[1]
+        student_BND = stack.pooled(
+            batch["source_ids"],
+            batch["source_segments"],
+            num_texts,
+            causal=causal,
+            dtype=dtype,
+            noise=noise,
+            key=key,
+        )
+        teacher_BND = llm_pooled(
+            teacher,
+            batch["target_ids"],
+            batch["target_segments"],
+            num_texts,
+            causal=causal,
+            dtype=dtype,
+        )
+        return pooled_mse(student_BND, teacher_BND, batch["example"] > 0)
+
+    return objective
+
+
+def general_adaptation(job: Job[MTLLM], parts: Parts, english: Sequence[str]) -> nnx.State:
+    """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained."""
+    config, seed = job.config, job.stage_seed("adaptation")
+    training = config.adaptation.training
+    with job.stage("adaptation", "stage 1, general adaptation") as stage:
+        stack = build_stack(config, parts, seed)
+        graph, trainable, frozen = nnx.split(stack, is_trained(config), ...)
+        teacher_graph, teacher = nnx.split(parts.llm)
+
+        def rows() -> Rows:
+            targets = parts.target.encode(english, max_length=training.target_length)
+            texts = []
+            for sampling in range(config.adaptation.samplings):
+                sources = parts.source.encode(
+                    english,
+                    config.english,
+                    sampling_alpha=config.adaptation.subword_sampling or None,
+                    seed=seed + sampling,
+                    max_length=training.source_length,
+                )
+                texts += [
+                    {"source": source, "target": target}
+                    for source, target in zip(sources, targets, strict=True)
+                ]
+            order = np.random.default_rng(seed).permutation(len(texts))
+            return pack(
+                [texts[i] for i in order],
+                {"source": training.source_length, "target": training.target_length},
+                {"source": parts.source.pad_id, "target": parts.target.pad_id},
+                packing=training.packing,
+            )
+
+        return fit(
+            stage,
+            "stage 1",
+            training,
+            objective=adaptation_objective(config, graph, teacher_graph),
+            trainable=trainable,
+            frozen={"stack": frozen, "teacher": teacher},
+            rows=rows,
+            mesh=job.mesh,
+            seed=seed,
+            console=job.console,
+        )
+
+
+# ---------------------------------------------------------------- stage 2a: the task's teacher
+
+
+class LLMClassifier(nnx.Module):
+    """The LLM on its own tokens, mean pool, head: the teacher of stage 2b, and LLM zero-shot."""
+
+    def __init__(self, llm: Llama, head: Linear):
+        self.llm = llm
+        self.head = head
+
+
+def teacher_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
+    """Cross-entropy of the task's English labels."""
+    dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
+
+    def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
+        model: LLMClassifier = nnx.merge(graph, trainable, frozen)
+        pooled_BND = llm_pooled(
+            model.llm,
+            batch["target_ids"],
+            batch["target_segments"],
+            batch["example"].shape[1],
+            causal=causal,
+            dtype=dtype,
+            key=key,
+        )
+        return classification(model.head(pooled_BND), batch["label"], batch["example"] > 0)
+
+    return objective
+
+
+def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClassifier:
+    """Stage 2a: fine-tune the LLM and a head on the task in English."""
+    config, seed = job.config, job.stage_seed("teacher")
+    training = config.teacher
+    with job.stage("teacher", "stage 2a, the task's English teacher") as stage:
+        head = classification_head(parts.llm.config.width, len(task.labels), nnx.Rngs(seed))
+        model = LLMClassifier(with_adapters(config, parts.llm, seed + 1), head)
+        graph, trainable, frozen = nnx.split(model, is_trained(config), ...)
+        trained = fit(
+            stage,
+            "stage 2a",
+            training,
+            objective=teacher_objective(config, graph),
+            trainable=trainable,
+            frozen=frozen,
+            rows=lambda: _task_rows(
+                {"target": parts.target.encode(_texts(task), max_length=training.target_length)},
+                training,
+                {"target": parts.target.pad_id},
+            ),
+            mesh=job.mesh,
+            seed=seed,
+            console=job.console,
+            add=add_by_example({"label": task.label_ids(task.train)}),
+        )
+        return nnx.merge(graph, trained, frozen)
+
+
+def _texts(task: Classification) -> list[str]:
+    return [row["text"] for row in task.train]
+
+
+def _task_rows(
+    tokens: dict[str, list[np.ndarray]], training: Training, pad_ids: dict[str, int]
+) -> Rows:
+    lengths = {"source": training.source_length, "target": training.target_length}
+    texts = [dict(zip(tokens, one, strict=True)) for one in zip(*tokens.values(), strict=True)]
+    return pack(texts, {name: lengths[name] for name in tokens}, pad_ids, packing=training.packing)
+
+
+# ---------------------------------------------------------------- stage 2b: task distillation
+
+
+class StackClassifier(nnx.Module):
+    """The stack and the teacher's head: the system that is shipped."""
+
+    def __init__(self, stack: Stack, head: Linear):
+        self.stack = stack
+        self.head = head
+
+
+def distillation_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
+    """MSE between the stack's pooled state and the stored one of the task's teacher."""
+    dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
+    noise = (config.distillation.noise_position, config.distillation.noise_text)
+
+    def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
+        stack: Stack = nnx.merge(graph, trainable, frozen)
+        student_BND = stack.pooled(
+            batch["source_ids"],
+            batch["source_segments"],
+            batch["example"].shape[1],
+            causal=causal,
+            dtype=dtype,
+            noise=noise,
+            key=key,
+        )
+        return pooled_mse(student_BND, batch["teacher"], batch["example"] > 0)
+
+    return objective
+
+
+def task_distillation(
+    job: Job[MTLLM],
+    parts: Parts,
+    task: Classification,
+    adapted: nnx.State,
+    teacher: LLMClassifier,
+) -> StackClassifier:
+    """Stage 2b: the stack learns the teacher's states of the task's English texts."""
+    config, seed = job.config, job.stage_seed("distillation")
+    training = config.distillation.training
+    with job.stage("distillation", "stage 2b, task distillation") as stage:
+        stack = build_stack(config, parts, job.stage_seed("adaptation"))
+        graph, _, frozen = nnx.split(stack, is_trained(config), ...)
+        if config.distillation.start == "stage1+teacher":
+            stack = nnx.merge(graph, adapted, frozen)
+            add_difference(stack.llm, teacher.llm, parts.llm)
+            graph, adapted, frozen = nnx.split(stack, is_trained(config), ...)
+
+        def rows() -> Rows:
+            sources = parts.source.encode(
+                _texts(task), config.english, max_length=training.source_length
+            )
+            return _task_rows({"source": sources}, training, {"source": parts.source.pad_id})
+
+        trained = fit(
+            stage,
+            "stage 2b",
+            training,
+            objective=distillation_objective(config, graph),
+            trainable=adapted,
+            frozen=frozen,
+            rows=rows,
+            mesh=job.mesh,
+            seed=seed,
+            console=job.console,
+            add=add_by_example({"teacher": _teacher_vectors(job, stage, parts, task, teacher)}),
+        )
+        return StackClassifier(nnx.merge(graph, trained, frozen), teacher.head)
+
+
+def add_difference(student: Llama, tuned: Llama, base: Llama) -> None:
+    """Add to the student, in place, what tuning changed: W += W_tuned − W_base [ours].
+
+    Adapters of `tuned` count as the kernels they stand for.
+    """
+    tuned = copy(tuned)
+    lora.merge(tuned)
+    base_state = dict(nnx.to_flat_state(nnx.state(base)))
+    tuned_state = dict(nnx.to_flat_state(nnx.state(tuned)))
+    for path, variable in nnx.to_flat_state(nnx.state(student)):
+        if path in base_state:
+            delta = tuned_state[path][...].astype(jnp.float32) - base_state[path][...].astype(
+                jnp.float32
+            )
+            value = variable[...]
+            variable[...] = (value.astype(jnp.float32) + delta).astype(value.dtype)
+
+
+def _teacher_vectors(
+    job: Job[MTLLM], stage: Any, parts: Parts, task: Classification, teacher: LLMClassifier
+) -> np.ndarray:
+    """The teacher's pooled state of every training text, computed once and stored. [texts, D]."""
+    path = stage.path / "teacher_vectors.npy"
+    if path.exists():
+        return np.load(path)
+    forward, state = llm_forward(job.config, teacher)
+    run = Vectors(
+        forward,
+        state,
+        pad_id=parts.target.pad_id,
+        batch_rows=job.config.evaluation.batch_rows,
+        mesh=job.mesh,
+    )
+    vectors_MD = run(parts.target.encode(_texts(task), max_length=job.config.teacher.target_length))
+    np.save(path, vectors_MD)
+    return vectors_MD
+
+
+# ---------------------------------------------------------------- systems as forward functions
+
+
+def llm_forward(config: MTLLM, model: LLMClassifier) -> tuple[Forward, Any]:
+    """(forward, state): tokens of the LLM → pooled state [B, D]."""
+    graph, state = nnx.split(model.llm)
+
+    def forward(state: Any, ids_BT: Array, segments_BT: Array) -> Array:
+        return llm_pooled(
+            nnx.merge(graph, state),
+            ids_BT,
+            segments_BT,
+            1,
+            causal=not config.bidirectional,
+            dtype=jnp.dtype(config.compute_dtype),
+        )[:, 0]
+
+    return forward, state
+
+
+def stack_forward(config: MTLLM, model: StackClassifier) -> tuple[Forward, Any]:
+    """(forward, state): tokens of the encoder → the stack's pooled state [B, D]."""
+    graph, state = nnx.split(model.stack)
+
+    def forward(state: Any, ids_BS: Array, segments_BS: Array) -> Array:
+        stack: Stack = nnx.merge(graph, state)
+        return stack.pooled(
+            ids_BS,
+            segments_BS,
+            1,
+            causal=not config.bidirectional,
+            dtype=jnp.dtype(config.compute_dtype),
+        )[:, 0]
+
+    return forward, state
+
+
+# ---------------------------------------------------------------- baseline: the encoder alone
+
+
+class EncoderClassifier(nnx.Module):
+    """MT encoder with adapters, mean pool, head: the baseline without an LLM."""
+
+    def __init__(self, encoder: NLLB, head: Linear):
+        self.encoder = encoder
+        self.head = head
+
+    def pooled(
+        self, ids_BS: Array, segments_BS: Array, num_texts: int, dtype: Any, key: Array | None
+    ) -> Array:
+        """Mean of the encoder's states over each text. float32 [B, N, E]."""
+        h_BSE = self.encoder.encode(ids_BS, segments_BS, dtype, dropout_key=key)
+        return segment_mean(h_BSE, segments_BS, num_texts)
+
+
+def encoder_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
+    """Cross-entropy of the task's English labels."""
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
+        model: EncoderClassifier = nnx.merge(graph, trainable, frozen)
+        pooled_BNE = model.pooled(
+            batch["source_ids"], batch["source_segments"], batch["example"].shape[1], dtype, key
+        )
+        return classification(model.head(pooled_BNE), batch["label"], batch["example"] > 0)
+
+    return objective
+
+
+def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Classification) -> EncoderClassifier:
+    """Tune the MT encoder's adapters and a head on the task in English [code]."""
+    config, seed = job.config, job.stage_seed("mt_encoder")
+    training = config.mt_encoder
+    with job.stage("mt_encoder", "baseline, MT encoder + head") as stage:
+        encoder = copy(parts.encoder)
+        lora.attach(
+            encoder,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=("all",),
+            rngs=nnx.Rngs(seed),
+        )
+        head = classification_head(encoder.config.width, len(task.labels), nnx.Rngs(seed + 1))
+        model = EncoderClassifier(encoder, head)
+        learns = nnx.Any(nnx.PathContains("head"), LoRAParam)
+        graph, trainable, frozen = nnx.split(model, learns, ...)
+        trained = fit(
+            stage,
+            "MT encoder",
+            training,
+            objective=encoder_objective(config, graph),
+            trainable=trainable,
+            frozen=frozen,
+            rows=lambda: _task_rows(
+                {
+                    "source": parts.source.encode(
+                        _texts(task), config.english, max_length=training.source_length
+                    )
+                },
+                training,
+                {"source": parts.source.pad_id},
+            ),
+            mesh=job.mesh,
+            seed=seed,
+            console=job.console,
+            add=add_by_example({"label": task.label_ids(task.train)}),
+        )
+        return nnx.merge(graph, trained, frozen)
+
+
+def encoder_forward(config: MTLLM, model: EncoderClassifier) -> tuple[Forward, Any]:
+    """(forward, state): tokens of the encoder → its pooled state [B, E]."""
+    graph, state = nnx.split(model)
+
+    def forward(state: Any, ids_BS: Array, segments_BS: Array) -> Array:
+        model: EncoderClassifier = nnx.merge(graph, state)
+        dtype = jnp.dtype(config.compute_dtype)
+        return model.pooled(ids_BS, segments_BS, 1, dtype, None)[:, 0]
+
+    return forward, state

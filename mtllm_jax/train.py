@@ -1,0 +1,223 @@
+"""The training step and the loop around it: the same for every stage of every recipe."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from mtllm_jax import sharding
+from mtllm_jax.checkpoint import Checkpointer, load_params, save_params, tree_hash
+from mtllm_jax.config import Training
+from mtllm_jax.data.pipeline import Batch, batches
+from mtllm_jax.interrupt import Interrupted, graceful_stop
+from mtllm_jax.metrics import Console, MetricsWriter
+from mtllm_jax.objectives import Terms
+from mtllm_jax.runfolder import StageFolder
+
+# (trainable, frozen, batch, key) → {"loss": (sum, count), …}
+Objective = Callable[[nnx.State, Any, dict[str, Array], Array], Terms]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes while training, and all that a checkpoint holds beside the data iterator."""
+
+    step: Array  # int32
+    trainable: nnx.State
+    opt_state: optax.OptState
+    rng: Array  # a typed key, the stage's own; each step folds its number in
+
+
+def make_optimizer(config: Training) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm, with a linear warm-up and then a linear or cosine
+    decay to `final_rate` of the peak. Vectors (norms, biases) are not decayed."""
+    warmup = round(config.warmup * config.steps)
+    decay_steps = max(1, config.steps - warmup)
+    if config.schedule == "linear":
+        end = config.learning_rate * config.final_rate
+        decay = optax.linear_schedule(config.learning_rate, end, decay_steps)
+    else:
+        decay = optax.cosine_decay_schedule(config.learning_rate, decay_steps, config.final_rate)
+    # Step 0 learns too: the ramp ends one step late rather than begin with a wasted update.
+    ramp = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
+    schedule = optax.join_schedules([ramp, decay], [warmup]) if warmup else decay
+    adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_matrix)
+    if config.clip_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _is_matrix(params: Any) -> Any:
+    def of(variable):
+        dims = [dim for dim in variable.get_metadata("dims") if dim != "layers"]
+        return variable.replace(len(dims) >= 2)
+
+    return jax.tree.map(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def train_step(
+    state: TrainState,
+    frozen: Any,
+    batch: dict[str, Array],
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+) -> tuple[TrainState, Terms]:
+    """One optimizer update. `frozen` is only ever read; gradients exist for `state.trainable` alone.
+
+    The summed loss is differentiated, and the gradients divided once by the global count, so
+    that accumulation, packing and the number of processes change nothing. A step whose gradient
+    is not finite, or that has nothing to count, leaves the state as it was ("skipped").
+    """
+    key = jax.random.fold_in(state.rng, state.step)
+
+    def summed_loss(trainable, rows, key):
+        terms = objective(trainable, frozen, rows, key)
+        return terms["loss"][0], terms
+
+    gradient = jax.grad(summed_loss, has_aux=True)
+    if accumulation == 1:
+        grads, terms = gradient(state.trainable, batch, key)
+    else:
+        micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        keys = jax.random.split(key, accumulation)
+
+        def add(total, rows_and_key):
+            return jax.tree.map(jnp.add, total, gradient(state.trainable, *rows_and_key)), None
+
+        first = jax.tree.map(lambda x: x[0], (micro, keys))
+        shapes = jax.eval_shape(gradient, state.trainable, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, terms), _ = jax.lax.scan(add, zeros, (micro, keys))
+
+    count = terms["loss"][1]
+    grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1).astype(g.dtype), grads)
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    sound = jnp.isfinite(norm) & (count > 0)
+    trainable, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old),
+        (trainable, opt_state),
+        (state.trainable, state.opt_state),
+    )
+    one = jnp.ones(())
+    terms = {**terms, "grad_norm": (norm, one), "skipped": (1.0 - sound, one)}
+    return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), terms
+
+
+def fit(
+    stage: StageFolder,
+    title: str,
+    config: Training,
+    *,
+    objective: Objective,
+    trainable: nnx.State,
+    frozen: Any,
+    rows: Callable[[], Any],
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    console: Console,
+    add: Callable[[Batch], Batch] | None = None,
+) -> nnx.State:
+    """Train one stage to its last step, going on where an earlier start stopped.
+
+    rows: makes the random-access source of packed rows (`data.packing`); add: what a batch gets
+    beside. Where the stage was trained before, its weights are read back. Raises Interrupted after saving when the process is
+    asked to stop, FloatingPointError after ten skipped steps in a row.
+    """
+    trainable = sharding.place(trainable, mesh)
+    params_folder = stage.path / "params"
+    if params_folder.exists():
+        return load_params(params_folder, trainable)
+    frozen = sharding.place(frozen, mesh)
+    optimizer = make_optimizer(config)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        opt_state=optimizer.init(trainable),
+        rng=jax.random.key(seed),
+    )
+    state = sharding.place(state, mesh)
+    iterator = batches(rows(), batch_rows=config.batch_rows, seed=seed, add=add)
+    step_fn = jax.jit(
+        functools.partial(
+            train_step, objective=objective, optimizer=optimizer, accumulation=config.accumulation
+        ),
+        donate_argnums=0,
+        out_shardings=(sharding.shardings(state, mesh), None),
+    )
+    frozen_hash = tree_hash(frozen)
+    with Checkpointer(stage.checkpoints, warn=console.warn) as checkpointer:
+        restored = checkpointer.restore(state, iterator, frozen_hash=frozen_hash)
+        step = 0
+        if restored is not None:
+            state, step = restored
+            console.print(f"going on from step {step} of {config.steps}")
+        log = _Log(stage, title, config.steps, step, console)
+        with graceful_stop() as stop, log:
+            while step < config.steps:
+                batch = sharding.place_batch(next(iterator), mesh)
+                state, terms = step_fn(state, frozen, batch)
+                step += 1
+                log.add(step, terms)
+                last = step == config.steps
+                if stop.requested or last or step % config.checkpoint_every == 0:
+                    log.flush()
+                    checkpointer.save(step, state, iterator, frozen_hash=frozen_hash)
+                if stop.requested and not last:
+                    checkpointer.wait()
+                    raise Interrupted(f"{title}, step {step} of {config.steps}; saved.")
+    save_params(params_folder, state.trainable)
+    return state.trainable
+
+
+class _Log:
+    """Metrics of step t, read after step t + 1 was dispatched, so that the device never waits."""
+
+    _MOST_SKIPPED = 10  # in a row
+
+    def __init__(self, stage: StageFolder, title: str, steps: int, step: int, console: Console):
+        self._writer = MetricsWriter(stage.metrics)
+        self._writer.truncate_after(step)
+        self._progress = console.progress(steps, title, done=step)
+        self._pending: tuple[int, Terms] | None = None
+        self._skipped_in_a_row = 0
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._progress.close()
+        self._writer.close()
+
+    def add(self, step: int, terms: Terms) -> None:
+        """Take in the metrics of a step just dispatched; write down those of the one before."""
+        self.flush()
+        self._pending = (step, terms)
+
+    def flush(self) -> None:
+        """Write down the metrics that are still on the device."""
+        if self._pending is None:
+            return
+        (step, terms), self._pending = self._pending, None
+        values = {
+            name: float(total) / float(count) if count else float("nan")
+            for name, (total, count) in jax.device_get(terms).items()
+        }
+        self._writer.write(step, values)
+        shown = {name: values[name] for name in ("loss", "fvu", "accuracy") if name in values}
+        self._progress.update(step, **shown)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["skipped"] else 0
+        if self._skipped_in_a_row == self._MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row had a gradient that is not finite, "
+                f"the last of them step {step}."
+            )
