@@ -4,6 +4,7 @@ B rows, T positions, D width, V vocabulary.
 """
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -208,7 +209,8 @@ def test_layer(pairs, kind):
     positions = np.tile(np.arange(9, dtype=np.int32)[None], (2, 1))
     graph, state = nnx.split(ours.layers)
     second = nnx.merge(graph, jax.tree.map(lambda w: w[1], state))
-    actual = second(jnp.asarray(x), np.ones((2, 9), np.int32), positions, causal=True)
+    run = jax.jit(lambda x: second(x, np.ones((2, 9), np.int32), positions, causal=True))
+    actual = run(x)
     rotary = theirs.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
     mask = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1).expand(2, 1, 9, 9)
     with torch.no_grad():
@@ -349,49 +351,60 @@ TINY = LlamaConfig(
 )
 
 
-def loss_and_gradients(config, ids, segments, *, causal, weights):
+def fresh(config):
+    """A model from scratch. The key's kind is the one that compiles fastest."""
+    return Llama(config, nnx.Rngs(jax.random.key(0, impl="rbg")))
+
+
+@functools.cache
+def tiny_state():
+    return nnx.state(fresh(TINY))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="causal")
+@functools.partial(jax.value_and_grad, argnums=1)
+def value_and_gradients(graph, state, ids, segments, weights, *, causal):
+    model = nnx.merge(graph, state)
+    logits = model.logits(model.hidden(model.embed(ids), segments, causal=causal))
+    return jnp.sum(jnp.tanh(logits) * (weights * (segments > 0))[:, :, None])
+
+
+def loss_and_gradients(config, ids, segments, weights, *, causal):
     """Of one weighted sum of the logits at tokens; weights_BT scale the positions."""
-    graph, state = nnx.split(Llama(config, nnx.Rngs(0)))
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(state):
-        model = nnx.merge(graph, state)
-        logits = model.logits(model.hidden(model.embed(ids), segments, causal=causal))
-        return jnp.sum(jnp.tanh(logits) * (weights * (segments > 0))[:, :, None])
-
-    value, gradients = loss(state)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: fresh(config)))
+    value, gradients = value_and_gradients(
+        graph, tiny_state(), ids, segments, weights, causal=causal
+    )
     return value, nnx.to_pure_dict(gradients)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_equals_unpacked(causal):
-    packed = np.array([[1, 1, 1, 1, 1, 2, 2, 0, 3, 3, 3, 0]], np.int32)
+    """Three texts in one row, beside two rows of padding, and then a row each."""
+    segments, ids, weights = np.zeros((3, 3, 12))
+    segments[0] = [1, 1, 1, 1, 1, 2, 2, 0, 3, 3, 3, 0]
     random = np.random.default_rng(4)
-    ids = random.integers(0, 20, packed.shape)
-    weights = random.normal(size=packed.shape).astype(np.float32)
-    rows = []
-    for segment in (1, 2, 3):
-        at = np.flatnonzero(packed[0] == segment)
-        row = np.zeros((3, 6))
-        row[:, : len(at)] = ids[0, at], np.ones(len(at)), weights[0, at]
-        rows.append(row)
-    rows = np.stack(rows, axis=1)
-    one = loss_and_gradients(TINY, ids, packed, causal=causal, weights=weights)
-    other = loss_and_gradients(
-        TINY,
-        rows[0].astype(np.int32),
-        rows[1].astype(np.int32),
-        causal=causal,
-        weights=rows[2].astype(np.float32),
+    ids[0], weights[0] = random.integers(0, 20, 12), random.normal(size=12)
+    packed = [ids, segments, weights]
+    unpacked = np.zeros((3, 3, 12))
+    for row, segment in enumerate((1, 2, 3)):
+        at = np.flatnonzero(segments[0] == segment)
+        unpacked[:, row, : len(at)] = ids[0, at], np.ones(len(at)), weights[0, at]
+    kinds = (np.int32, np.int32, np.float32)
+    one, other = (
+        loss_and_gradients(
+            TINY, *(a.astype(kind) for a, kind in zip(rows, kinds, strict=True)), causal=causal
+        )
+        for rows in (packed, unpacked)
     )
+    assert np.abs(one[1]["layers"]["q"]["kernel"]).max() > 0.01
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), one, other)
 
 
 def test_unrolled_and_remat_compute_the_same():
-    ids = np.random.default_rng(5).integers(0, 20, (2, 7))
-    arguments = {"segments": np.ones((2, 7), np.int32), "weights": np.ones((2, 7), np.float32)}
-    plain = loss_and_gradients(TINY, ids, causal=True, **arguments)
+    ids = np.random.default_rng(5).integers(0, 20, (3, 12)).astype(np.int32)
+    arguments = (ids, np.ones((3, 12), np.int32), np.ones((3, 12), np.float32))
+    plain = loss_and_gradients(TINY, *arguments, causal=True)
     for changes in (
         {"unroll_layers": True},
         {"remat": "full"},
@@ -399,7 +412,7 @@ def test_unrolled_and_remat_compute_the_same():
         {"unroll_layers": True, "remat": "full"},
     ):
         config = dataclasses.replace(TINY, **changes)
-        changed = loss_and_gradients(config, ids, causal=True, **arguments)
+        changed = loss_and_gradients(config, *arguments, causal=True)
         jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), plain, changed)
 
 
@@ -421,9 +434,9 @@ def test_config_is_checked(changes, message):
 
 def test_fresh_logits_are_of_size_one():
     """From scratch the first loss is near ln V, at any width and depth."""
-    for width, layers in ((32, 2), (128, 6)):
+    for width, layers in ((32, 6), (128, 2)):
         config = LlamaConfig(200, width, layers, 4, 2, width // 4, 2 * width, tie_embeddings=True)
-        model = Llama(config, nnx.Rngs(0))
+        model = fresh(config)
         ids = np.random.default_rng(6).integers(0, 200, (4, 8))
         logits = our_logits(model, ids, np.ones((4, 8), np.int32), causal=True)
         assert 0.7 < logits.std() < 1.3
