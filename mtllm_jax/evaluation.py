@@ -1,6 +1,5 @@
 """Systems on held-out rows of every language, and what each costs."""
 
-import collections
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,13 +40,10 @@ def evaluate(
         written = []
         for test, suffix in suffixes.items():
             rows = task.tests[test]
-            predictions = []
-            for places in by_language(rows).values():
-                predictions += zip(places, predict([rows[i] for i in places]), strict=True)
-                done += len(places)
-                progress.update(done)
-            ordered = [label for _, label in sorted(predictions)]
-            results[f"systems{suffix}"][name] = accuracyby_language(rows, ordered, english)
+            predictions = predict(rows)
+            done += len(rows)
+            progress.update(done)
+            results[f"systems{suffix}"][name] = accuracy_by_language(rows, predictions, english)
             written += [
                 {
                     "id": row["id"],
@@ -57,7 +53,7 @@ def evaluate(
                     "prediction": prediction,
                     "test": test,
                 }
-                for row, prediction in zip(rows, ordered, strict=True)
+                for row, prediction in zip(rows, predictions, strict=True)
             ]
         run.write_jsonl(f"predictions/{name}.jsonl", written)
         timed = _timed_rows(task, english)
@@ -71,16 +67,6 @@ def evaluate(
 
 
 def _timed_rows(task: Classification, english: str) -> list[Row]:
-    """Rows of the headline test in a few languages, enough of each to fill batches."""
+    """A stride through the headline test in all languages but English."""
     rows = [row for row in next(iter(task.tests.values())) if row["language"] != english]
-    languages = sorted({row["language"] for row in rows})
-    step = max(1, len(rows) // _TIMED_ROWS)
-    chosen = set(languages[::step])
-    return [row for row in rows if row["language"] in chosen]
-
-
-def by_language(rows: Sequence[Row]) -> dict[str, list[int]]:
-    places: dict[str, list[int]] = collections.defaultdict(list)
-    for i, row in enumerate(rows):
-        places[row["language"]].append(i)
-    return places
+    return rows[:: max(1, len(rows) // _TIMED_ROWS)]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -70,7 +71,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> tuple[TrainState, Terms]:
-    """One optimizer update. `frozen` is only ever read; gradients exist for `state.trainable` alone.
+    """One optimizer update. `frozen` is only read; gradients exist for `state.trainable` alone.
 
     The summed loss is differentiated, and the gradients divided once by the global count, so
     that accumulation, packing and the number of processes change nothing. A step whose gradient
@@ -130,10 +131,12 @@ def fit(
     """Train one stage to its last step, going on where an earlier start stopped.
 
     rows: makes the random-access source of packed rows (`data.packing`); add: what a batch gets
-    beside. Where the stage was trained before, its weights are read back. Raises Interrupted after saving when the process is
-    asked to stop, FloatingPointError after ten skipped steps in a row.
+    beside. Where the stage was trained before, its weights are read back. Raises Interrupted
+    after saving when the process is asked to stop, FloatingPointError after ten skipped steps in
+    a row.
     """
-    trainable = sharding.place(trainable, mesh)
+    # A copy: the step gives its buffers away, and the caller may hold them as someone's weights.
+    trainable = sharding.place(jax.tree.map(jnp.copy, trainable), mesh)
     params_folder = stage.path / "params"
     if params_folder.exists():
         return load_params(params_folder, trainable)
@@ -185,7 +188,7 @@ class _Log:
     _MOST_SKIPPED = 10  # in a row
 
     def __init__(self, stage: StageFolder, title: str, steps: int, step: int, console: Console):
-        self._writer = MetricsWriter(stage.metrics)
+        self._writer = MetricsWriter(Path(stage.metrics))
         self._writer.truncate_after(step)
         self._progress = console.progress(steps, title, done=step)
         self._pending: tuple[int, Terms] | None = None

@@ -48,7 +48,7 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
         tokenizer_folder = Path(stage.path / "tokenizer")
         if not tokenizer_folder.exists():
             texts = [pair["text"] for pair in pairs] + [pair["english"] for pair in pairs]
-            train_nllb_tokenizer(texts, languages, config.vocab_size, tokenizer_folder, seed)
+            train_nllb_tokenizer(texts, languages, config.vocab_size, tokenizer_folder)
         tokenizer = SourceTokenizer(tokenizer_folder)
         texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed)
         is_label_V = np.zeros(tokenizer.vocab_size, bool)

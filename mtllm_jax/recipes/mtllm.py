@@ -15,7 +15,7 @@ from mtllm_jax.config import MTLLM
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
 from mtllm_jax.data.files import read_rows, read_texts
 from mtllm_jax.decode import translate
-from mtllm_jax.evaluation import Predict, by_language, evaluate
+from mtllm_jax.evaluation import Predict, evaluate
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.inference import Vectors
 from mtllm_jax.metrics import Console, read_metrics
@@ -127,13 +127,9 @@ def build_systems(
         )
 
     def source_tokens(rows: Sequence[Row]) -> list[np.ndarray]:
-        tokens: list[Any] = [None] * len(rows)
-        for language, places in by_language(rows).items():
-            texts = [rows[i]["text"] for i in places]
-            encoded = parts.source.encode(texts, language, max_length=limits.max_length)
-            for i, one in zip(places, encoded, strict=True):
-                tokens[i] = one
-        return tokens
+        languages = [row["language"] for row in rows]
+        texts = [row["text"] for row in rows]
+        return parts.source.encode(texts, languages, max_length=limits.max_length)
 
     def llm_tokens(texts: Sequence[str]) -> list[np.ndarray]:
         return parts.target.encode(texts, max_length=limits.max_length)
@@ -148,20 +144,18 @@ def build_systems(
 
     def translate_test(rows: Sequence[Row]) -> list[str]:
         texts = [row["text"] for row in rows]
-        for language, places in by_language(rows).items():
-            if language == config.english:
-                continue  # English needs no translation
-            translated = translate(
-                translator,
-                parts.source,
-                [texts[i] for i in places],
-                language,
-                config.english,
-                max_new_tokens=limits.max_new_tokens,
-                batch_size=limits.batch_rows,
-            )
-            for i, text in zip(places, translated, strict=True):
-                texts[i] = text
+        foreign = [i for i, row in enumerate(rows) if row["language"] != config.english]
+        translated = translate(
+            translator,
+            parts.source,
+            [texts[i] for i in foreign],
+            [rows[i]["language"] for i in foreign],
+            config.english,
+            max_new_tokens=limits.max_new_tokens,
+            batch_size=limits.batch_rows,
+        )
+        for i, text in zip(foreign, translated, strict=True):
+            texts[i] = text
         return by_llm(llm_tokens(texts))
 
     return {
