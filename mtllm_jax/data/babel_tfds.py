@@ -180,7 +180,7 @@ def build_text(
     seed: int,
     sizes: TextSizes | None = None,
 ) -> TextDataset:
-    """Makes the text in `folder`, or opens it where it is already made. About 5 s or .05 s.
+    """Makes the text in `folder`, or opens it where it is already made. About 6 s, or none.
 
     languages: FLORES-200 codes beside English. The same languages (in the same order), seed and
     sizes give the same rows. Each combination has a sub-folder of its own, so nothing is ever
