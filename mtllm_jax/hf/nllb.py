@@ -1,0 +1,152 @@
+"""NLLB and M2M100 checkpoints: `M2M100ForConditionalGeneration` folders in and out."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mtllm_jax.hf.folder import Tensors, export_tensors, load_into, read_config, write_folder
+from mtllm_jax.models.nllb import NLLB, NLLBConfig
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "width": "d_model",
+    "encoder_layers": "encoder_layers",
+    "decoder_layers": "decoder_layers",
+    "encoder_heads": "encoder_attention_heads",
+    "decoder_heads": "decoder_attention_heads",
+    "encoder_ffn": "encoder_ffn_dim",
+    "decoder_ffn": "decoder_ffn_dim",
+    "scale_embedding": "scale_embedding",
+    "pad_id": "pad_token_id",
+    "eos_id": "eos_token_id",
+}
+
+# The only values that this model can have: others are another model.
+_FIXED = {"activation_function": "relu", "tie_word_embeddings": True}
+
+# What transformers takes for granted where config.json is silent.
+_DEFAULTS = _FIXED | {
+    "scale_embedding": True,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+
+_BLOCK = {
+    "self_attention_norm": "self_attn_layer_norm",
+    "self_attention.query": "self_attn.q_proj",
+    "self_attention.key": "self_attn.k_proj",
+    "self_attention.value": "self_attn.v_proj",
+    "self_attention.out": "self_attn.out_proj",
+    "ffn_norm": "final_layer_norm",
+    "ffn_in": "fc1",
+    "ffn_out": "fc2",
+}
+_CROSS = {
+    "cross_attention_norm": "encoder_attn_layer_norm",
+    "cross_attention.query": "encoder_attn.q_proj",
+    "cross_attention.key": "encoder_attn.k_proj",
+    "cross_attention.value": "encoder_attn.v_proj",
+    "cross_attention.out": "encoder_attn.out_proj",
+}
+# The one embedding goes by four names; a file holds one of them or several.
+_EMBEDDING = "model.shared.weight"
+_ALIASES = {
+    _EMBEDDING: (
+        "model.encoder.embed_tokens.weight",
+        "model.decoder.embed_tokens.weight",
+        "lm_head.weight",
+    )
+}
+# Older files hold the computed positions and a bias of zeros.
+_IGNORED = ("model.*.embed_positions.weights", "final_logits_bias")
+
+
+def load_nllb(
+    folder: str | os.PathLike,
+    *,
+    with_decoder: bool = True,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    unroll_layers: bool = False,
+) -> NLLB:
+    """The model of a folder, parameters in `dtype`. ValueError tells what does not fit."""
+    config = replace(config_from_hf(folder), remat=remat, unroll_layers=unroll_layers)
+    if not with_decoder:
+        config = replace(config, decoder_layers=0)
+    module = nnx.eval_shape(lambda: NLLB(config, nnx.Rngs(0)))
+    ignored = _IGNORED if with_decoder else (*_IGNORED, "model.decoder.*")
+    return load_into(
+        module, Tensors(folder), key_table(config), dtype, aliases=_ALIASES, ignored=ignored
+    )
+
+
+def save_nllb(
+    model: NLLB,
+    folder: str | os.PathLike,
+    *,
+    tokenizer_files_from: str | os.PathLike | None = None,
+    replace: bool = False,
+) -> None:
+    """A folder that transformers loads, in the dtype of the parameters. See `write_folder`."""
+    config = config_to_hf(model.config) | {"dtype": model.embedding_VE[...].dtype.name}
+    special = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    write_folder(
+        folder,
+        config,
+        export_tensors(model, key_table(model.config)),
+        generation_config={name: config[name] for name in special},
+        tokenizer_files_from=tokenizer_files_from,
+        replace=replace,
+    )
+
+
+def key_table(config: NLLBConfig) -> dict[str, str]:
+    """From our parameters to tensor names (see `hf/folder.py`)."""
+    table = {"embedding_VE": _EMBEDDING}
+    stacks = {"encoder": _BLOCK} | ({"decoder": _BLOCK | _CROSS} if config.decoder_layers else {})
+    for stack, block in stacks.items():
+        norms = {f"{stack}_norm": f"model.{stack}.layer_norm"}
+        layers = {f"{stack}.{k}": f"model.{stack}.layers.{{layer}}.{v}" for k, v in block.items()}
+        for ours, theirs in (layers | norms).items():
+            weight = "scale" if ours.endswith("norm") else "kernel"
+            table |= {f"{ours}.{weight}": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
+    return table
+
+
+def config_from_hf(folder: str | os.PathLike) -> NLLBConfig:
+    """Sizes from config.json. ValueError names a field that is missing or not supported."""
+    values = _DEFAULTS | read_config(folder, ("m2m_100",))
+    for name, only in (_FIXED | {"decoder_start_token_id": values["eos_token_id"]}).items():
+        if values[name] != only:
+            raise ValueError(
+                f"{folder}/config.json: {name} is {values[name]!r}; it may be {only!r}"
+            )
+    for name in _FIELDS.values():
+        kind = bool if name == "scale_embedding" else int
+        if type(values.get(name)) is not kind:
+            found = values.get(name)
+            raise ValueError(
+                f"{folder}/config.json: {name} is {found!r}; it must be {kind.__name__}"
+            )
+    try:
+        return NLLBConfig(**{ours: values[theirs] for ours, theirs in _FIELDS.items()})
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+
+
+def config_to_hf(config: NLLBConfig) -> dict[str, Any]:
+    """The config.json of `M2M100ForConditionalGeneration`."""
+    fixed = _FIXED | {
+        "architectures": ["M2M100ForConditionalGeneration"],
+        "model_type": "m2m_100",
+        "is_encoder_decoder": True,
+        "bos_token_id": 0,
+        "max_position_embeddings": 1024,
+        "decoder_start_token_id": config.eos_id,
+    }
+    return fixed | {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}

@@ -1,0 +1,439 @@
+"""NLLB against torch's M2M100, on tiny random models: states, logits, translations, folders."""
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch", reason="the reference needs torch (pip install '.[test]')")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+from mtllm_jax.decode import greedy_translate, translate  # noqa: E402
+from mtllm_jax.hf.nllb import load_nllb, save_nllb  # noqa: E402
+from mtllm_jax.models.nllb import NLLB, NLLBConfig, sinusoids  # noqa: E402
+
+PAD, EOS, VOCAB = 1, 2, 60
+
+# 0 marks padding: at the right, at the left, in the middle, none, and a text of one token.
+MASKS = np.array(
+    [
+        [1, 1, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1],
+        [1, 1, 0, 0, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1],
+        [1, 0, 0, 0, 0, 0, 0],
+    ],
+    np.int32,
+)
+
+
+def random_torch_model(seed=0, gain=0.25, **changes):
+    """Every parameter is random, biases and norms too: none can be forgotten unnoticed."""
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "vocab_size": VOCAB}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 4}
+    sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 40, "max_position_embeddings": 64}
+    config = transformers.M2M100Config(**(sizes | changes))
+    model = transformers.M2M100ForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            std = 0.25 if "shared" in name else gain if p.ndim > 1 else 0.1
+            p.copy_(torch.randn(p.shape, generator=generator) * std + ("norm.weight" in name))
+        model.model.shared.weight[PAD] = 0.0
+        model.model.shared.weight[EOS] *= 3.0
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return random_torch_model()
+
+
+@pytest.fixture(scope="module")
+def folder(reference, tmp_path_factory):
+    path = tmp_path_factory.mktemp("m2m100") / "model"
+    reference.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_nllb(folder)
+
+
+def random_rows(masks, seed):
+    ids = np.random.default_rng(seed).integers(3, VOCAB, masks.shape).astype(np.int32)
+    return np.where(masks, ids, PAD)
+
+
+def as_torch(array):
+    return torch.from_numpy(np.asarray(array).astype(np.int64))
+
+
+def torch_outputs(reference, ids, masks, target_ids, target_masks):
+    with torch.no_grad():
+        return reference(
+            input_ids=as_torch(ids),
+            attention_mask=as_torch(masks),
+            decoder_input_ids=as_torch(target_ids),
+            decoder_attention_mask=as_torch(target_masks),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graph, state, ids, segments, target_ids, target_segments):
+    """(encoder states, decoder states, logits)"""
+    model = nnx.merge(graph, state)
+    memory = model.encode(ids, segments)
+    h = model.decode(target_ids, target_segments, memory, segments)
+    return memory, h, model.logits(h)
+
+
+def our_outputs(model, *text):
+    return forward(*nnx.split(model), *text)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient_of_weighted_logits(graph, state, weight, *text):
+    def weighted(state):
+        logits = forward(graph, state, *text)[2]
+        return jnp.sum(logits * weight), logits
+
+    (_, logits), gradient = jax.value_and_grad(weighted, has_aux=True)(state)
+    return logits, gradient
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def greedy(graph, state, ids, segments, language_id, max_new_tokens):
+    model = nnx.merge(graph, state)
+    return greedy_translate(model, ids, segments, language_id, max_new_tokens)
+
+
+def assert_close_trees(a, b):
+    """Within 1e-5 of each tensor's largest number; some (of key biases) are 0 but for rounding."""
+    rounding = 1e-6 * max(float(jnp.max(jnp.abs(y))) for y in jax.tree.leaves(b))
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        atol = 1e-5 * float(jnp.max(jnp.abs(y))) + rounding
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def layer(stack, i):
+    graph, state = nnx.split(stack)
+    return nnx.merge(graph, jax.tree.map(lambda x: x[i], state))
+
+
+def assert_equal_folders(a, b):
+    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+
+
+# --- forward passes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [16, 30, 128])
+def test_sinusoids(width):
+    module = transformers.models.m2m_100.modeling_m2m_100.M2M100SinusoidalPositionalEmbedding
+    theirs = module.get_embedding(40, width, None)[2:].numpy()
+    ours = sinusoids(jnp.arange(2, 40)[None], width)[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_one_layer_of_each_stack(reference, model):
+    rng = np.random.default_rng(0)
+    h = rng.normal(size=(3, 6, 16)).astype(np.float32)
+    memory = rng.normal(size=(3, 5, 16)).astype(np.float32)
+    ones, memory_ones = np.ones((3, 6), np.int32), np.ones((3, 5), np.int32)
+    causal = torch.full((6, 6), -torch.inf).triu(1)[None, None]
+    with torch.no_grad():
+        th, tm = torch.from_numpy(h), torch.from_numpy(memory)
+        theirs = reference.model.encoder.layers[1](th, None).numpy()
+        theirs_decoder = reference.model.decoder.layers[2](th, causal, tm, None).numpy()
+    np.testing.assert_allclose(jax.jit(layer(model.encoder, 1))(h, ones, None), theirs, atol=1e-5)
+    ours = jax.jit(layer(model.decoder, 2))(h, ones, memory, memory_ones, None)
+    np.testing.assert_allclose(ours, theirs_decoder, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale_embedding", [True, False])
+def test_states_and_logits_at_every_kind_of_padding(scale_embedding, tmp_path):
+    reference = random_torch_model(1, scale_embedding=scale_embedding)
+    reference.save_pretrained(tmp_path)
+    model = load_nllb(tmp_path)
+    target_masks = MASKS[::-1]  # the decoder's padding lies elsewhere than the encoder's
+    ids, target_ids = random_rows(MASKS, 0), random_rows(target_masks, 1)
+    theirs = torch_outputs(reference, ids, MASKS, target_ids, target_masks)
+    memory, h, logits = our_outputs(model, ids, MASKS, target_ids, target_masks)
+    on, target_on = MASKS > 0, target_masks > 0
+    for ours, torchs, where in (
+        (memory, theirs.encoder_last_hidden_state, on),
+        (h, theirs.decoder_hidden_states[-1], target_on),
+        (logits, theirs.logits, target_on),
+    ):
+        np.testing.assert_allclose(np.asarray(ours)[where], torchs.numpy()[where], atol=1e-4)
+
+
+def test_bfloat16_deviates_no_more_than_torchs_own(reference, model):
+    ids = random_rows(MASKS, 2)
+    exact = torch_outputs(reference, ids, MASKS, ids, MASKS).encoder_last_hidden_state.numpy()
+    half = random_torch_model().to(torch.bfloat16)
+    theirs = torch_outputs(half, ids, MASKS, ids, MASKS).encoder_last_hidden_state.float().numpy()
+    ours = np.asarray(model.encode(ids, jnp.asarray(MASKS), jnp.bfloat16), np.float32)
+    on = MASKS > 0
+    assert np.abs(ours - exact)[on].mean() <= 1.2 * np.abs(theirs - exact)[on].mean()
+
+
+def test_scanned_unrolled_and_rematerialised_layers_agree(folder, model):
+    text = (random_rows(MASKS, 3), MASKS) * 2
+    unrolled = our_outputs(load_nllb(folder, unroll_layers=True), *text)
+    for a, b in zip(our_outputs(model, *text), unrolled, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    weight = np.random.default_rng(3).normal(size=(*MASKS.shape, VOCAB)).astype(np.float32)
+    rematerialised = load_nllb(folder, remat="dots")
+    _, gradient = gradient_of_weighted_logits(*nnx.split(model), weight, *text)
+    _, same = gradient_of_weighted_logits(*nnx.split(rematerialised), weight, *text)
+    assert_close_trees(gradient, same)
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+def test_packed_texts_equal_texts_alone(model):
+    """Logits, and the gradients of all parameters, for two texts in a row with padding between."""
+    rng = np.random.default_rng(4)
+    segments = np.array([[1, 1, 1, 1, 1, 0, 0, 2, 2, 2, 0]], np.int32)
+    target_segments = np.array([[1, 1, 1, 0, 2, 2, 2, 2, 2, 2]], np.int32)
+    ids, target_ids = random_rows(segments, 4), random_rows(target_segments, 5)
+    weight = rng.normal(size=(1, 10, VOCAB)).astype(np.float32)
+    weight[target_segments == 0] = 0.0
+
+    def alone(n):
+        """Text n at the left of rows of the same widths."""
+        row = [np.zeros_like(a) for a in (weight, ids, segments, target_ids, target_segments)]
+        s, t = (segments == n).sum(), (target_segments == n).sum()
+        row[0][:, :t] = weight[target_segments == n]
+        row[1][:, :s], row[2][:, :s] = ids[segments == n], 1
+        row[3][:, :t], row[4][:, :t] = target_ids[target_segments == n], 1
+        logits, gradient = gradient_of_weighted_logits(*nnx.split(model), *row)
+        return logits[0, :t], gradient
+
+    packed, gradient = gradient_of_weighted_logits(
+        *nnx.split(model), weight, ids, segments, target_ids, target_segments
+    )
+    (first, first_gradient), (second, second_gradient) = alone(1), alone(2)
+    np.testing.assert_allclose(packed[target_segments == 1], first, atol=1e-5)
+    np.testing.assert_allclose(packed[target_segments == 2], second, atol=1e-5)
+    assert_close_trees(gradient, jax.tree.map(jnp.add, first_gradient, second_gradient))
+
+
+# --- translation ----------------------------------------------------------------------------------
+
+
+def test_greedy_translation_is_that_of_generate(tmp_path):
+    """Token for token on 50 texts, among them such that end and such that are cut off."""
+    reference = random_torch_model(gain=0.6)  # translations then differ from text to text
+    reference.save_pretrained(tmp_path)
+    model = load_nllb(tmp_path)
+    lengths = np.random.default_rng(5).integers(1, 12, 50)
+    masks = (np.arange(12)[None] < lengths[:, None]).astype(np.int32)
+    ids, language, new_tokens = random_rows(masks, 6), 7, 14
+    theirs = reference.generate(
+        input_ids=as_torch(ids),
+        attention_mask=as_torch(masks),
+        num_beams=1,
+        do_sample=False,
+        forced_bos_token_id=language,
+        max_new_tokens=new_tokens + 1,  # they count the language's token
+    ).numpy()
+    assert (theirs[:, 0] == EOS).all()
+    assert (theirs[:, 1] == language).all()
+    theirs = theirs[:, 2:]
+    theirs = np.pad(theirs, ((0, 0), (0, new_tokens - theirs.shape[1])), constant_values=PAD)
+
+    assert 5 <= (theirs == EOS).any(1).sum() <= 45
+    assert len(set(map(tuple, theirs))) > 30
+    for language_id in (language, np.full(50, language)):
+        ours = greedy(*nnx.split(model), ids, masks, language_id, new_tokens)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+class Digits:
+    """A tokenizer for texts like "12 7 40"."""
+
+    pad_id = PAD
+
+    def encode(self, texts, language):
+        rows = [[self.language_id(language), *map(int, text.split()), EOS] for text in texts]
+        return [np.array(row, np.int32) for row in rows]
+
+    def decode(self, rows):
+        return [" ".join(str(i) for i in row if i != EOS) for row in rows]
+
+    def language_id(self, code):
+        return {"aaa_Latn": 8, "bbb_Latn": 9}[code]
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_translate_keeps_the_order_whatever_the_batches(model, batch_size):
+    rng, tokenizer = np.random.default_rng(7), Digits()
+    texts = [" ".join(map(str, rng.integers(10, VOCAB, n))) for n in rng.integers(1, 20, 10)]
+    together = translate(
+        model, tokenizer, texts, "aaa_Latn", "bbb_Latn", max_new_tokens=6, batch_size=batch_size
+    )
+    for text, translation in zip(texts, together, strict=True):
+        ids, segments = np.full((1, 24), PAD, np.int32), np.zeros((1, 24), np.int32)
+        row = tokenizer.encode([text], "aaa_Latn")[0]
+        ids[0, : len(row)], segments[0, : len(row)] = row, 1
+        (alone,) = np.asarray(greedy(*nnx.split(model), ids, segments, 9, 6))
+        assert translation == tokenizer.decode([alone[alone != PAD]])[0]
+    assert translate(model, tokenizer, [], "aaa_Latn", "bbb_Latn", max_new_tokens=6) == []
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_round_trip_is_bitwise(folder, tmp_path):
+    save_nllb(load_nllb(folder), tmp_path / "out")
+    assert_equal_folders(folder, tmp_path / "out")
+
+
+def test_round_trip_in_bfloat16_is_bitwise(tmp_path):
+    random_torch_model().to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    save_nllb(load_nllb(tmp_path / "in", dtype=jnp.bfloat16), tmp_path / "out")
+    assert_equal_folders(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_model_of_ours_runs_in_torch(tmp_path):
+    config = NLLBConfig(VOCAB, 16, 1, 2, 4, 2, 32, 24)
+    model = NLLB(config, nnx.Rngs(3))
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "tokenizer_config.json").write_text("{}")
+    save_nllb(model, tmp_path / "to", tokenizer_files_from=tmp_path / "from")
+    assert (tmp_path / "to" / "tokenizer_config.json").read_text() == "{}"
+    assert load_nllb(tmp_path / "to").config == config
+
+    reference = transformers.M2M100ForConditionalGeneration.from_pretrained(tmp_path / "to").eval()
+    ids = random_rows(MASKS, 8)
+    theirs = torch_outputs(reference, ids, MASKS, ids, MASKS).logits.numpy()
+    ours = np.asarray(our_outputs(model, ids, MASKS, ids, MASKS)[2])
+    np.testing.assert_allclose(ours[MASKS > 0], theirs[MASKS > 0], atol=1e-4)
+
+    right = np.sort(MASKS, axis=1)[:, ::-1]
+    ids = random_rows(right, 9)
+    tokens = reference.generate(
+        input_ids=as_torch(ids),
+        attention_mask=as_torch(right),
+        num_beams=1,
+        do_sample=False,
+        forced_bos_token_id=7,
+        max_new_tokens=6,
+    )
+    ours = greedy(*nnx.split(model), ids, right, 7, 5)[:, : tokens.shape[1] - 2]
+    np.testing.assert_array_equal(ours, tokens.numpy()[:, 2:])
+
+
+def stored_otherwise(kind, reference, folder, to):
+    """The same weights in one of the ways in which they are found on disk."""
+    if kind == "sharded":
+        return reference.save_pretrained(to, max_shard_size="20KB")
+    shutil.copytree(folder, to)
+    weights = load_file(folder / "model.safetensors")
+    shared = weights.pop("model.shared.weight")
+    if kind == "without prefix":
+        weights = {n.removeprefix("model."): w for n, w in weights.items()}
+        weights |= {"shared.weight": shared, "encoder.embed_tokens.weight": shared}
+    elif kind == "all tied names":
+        ties = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens")
+        weights |= {f"{tie}.weight": shared.copy() for tie in (*ties, "lm_head")}
+        weights["model.encoder.embed_positions.weights"] = np.zeros((66, 16), np.float32)
+    else:
+        weights["lm_head.weight"] = shared
+    save_file(weights, to / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["sharded", "without prefix", "all tied names", "output alone"])
+def test_kinds_of_checkpoints(kind, reference, folder, model, tmp_path):
+    stored_otherwise(kind, reference, folder, tmp_path / "other")
+    if kind == "sharded":
+        assert len(list((tmp_path / "other").glob("*.safetensors"))) > 2
+    other = nnx.state(load_nllb(tmp_path / "other"))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), other)
+
+
+def test_the_encoder_alone(folder, model):
+    encoder = load_nllb(folder, with_decoder=False)
+    assert encoder.config == dataclasses.replace(model.config, decoder_layers=0)
+    assert not [p for p, _ in nnx.to_flat_state(nnx.state(encoder)) if "decoder" in p[0]]
+    ids = random_rows(MASKS, 10)
+    np.testing.assert_array_equal(encoder.encode(ids, MASKS), model.encode(ids, MASKS))
+    with pytest.raises(ValueError, match="encoder alone"):
+        encoder.decode(ids, MASKS, jnp.zeros((5, 7, 16)), MASKS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_function": "gelu"}, "activation_function is 'gelu'; it may be 'relu'"),
+        ({"model_type": "t5"}, "model_type is 't5'; it may be m2m_100"),
+        ({"d_model": 17}, "encoder_heads is 2; it must divide"),
+        ({"d_model": None}, "d_model is None; it must be int"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"decoder_start_token_id": 5}, "decoder_start_token_id is 5; it may be 2"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"vocab_size": 61}, r"model\.shared\.weight is \[60, 16\], by the config \[61, 16\]"),
+        ({"encoder_layers": 3}, r"missing: model\.encoder\.layers\.2\..* and 12 more"),
+        ({"decoder_layers": 2}, r"unexpected: model\.decoder\.layers\.2\."),
+    ],
+)
+def test_a_config_that_does_not_fit(change, message, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as error:
+        load_nllb(tmp_path / "m")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_read(folder, tmp_path):
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            load_nllb(tmp_path / "m")
+
+    refused("is not a folder")
+    (tmp_path / "m").mkdir()
+    refused("has no config.json")
+    (tmp_path / "m" / "config.json").write_text("{")
+    refused("is not JSON")
+    shutil.copy(folder / "config.json", tmp_path / "m")
+    refused("has neither model.safetensors nor")
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"")
+    refused(r"convert them once with `AutoModel")
+    weights = (folder / "model.safetensors").read_bytes()
+    for size in (0, 5, 100, len(weights) - 1):
+        (tmp_path / "m" / "model.safetensors").write_bytes(weights[:size])
+        refused(re.escape(str(tmp_path / "m" / "model.safetensors")) + " is truncated")
+
+
+def test_a_folder_is_not_overwritten_unasked(model, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        save_nllb(model, tmp_path / "mine")
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+    save_nllb(model, tmp_path / "mine", replace=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.state(model), nnx.state(load_nllb(tmp_path / "mine"))
+    )
