@@ -58,7 +58,7 @@ def greedy_translate(
     out_BT = jnp.full((last_B.shape[0], max_new_tokens), pad_id, jnp.int32)
     ended_B = jnp.all(segments_BS == 0, axis=1)  # rows that only fill the batch
 
-    def go_on(carry: tuple[Array, ...]) -> Array:
+    def go_on(carry: tuple[Any, ...]) -> Array:
         index, ended_B = carry[0], carry[1]
         return (index < max_new_tokens) & ~jnp.all(ended_B)
 
@@ -69,7 +69,8 @@ def greedy_translate(
         out_BT = jax.lax.dynamic_update_slice_in_dim(out_BT, next_B[:, None], index, axis=1)
         return index + 1, ended_B | (next_B == eos_id), next_B, out_BT, cache
 
-    return jax.lax.while_loop(go_on, one_token, (0, ended_B, last_B, out_BT, cache))[3]
+    start: tuple[Any, ...] = (0, ended_B, last_B, out_BT, cache)
+    return jax.lax.while_loop(go_on, one_token, start)[3]
 
 
 def translate(
@@ -146,9 +147,7 @@ def _argmax(logits_BV: Array) -> Array:
     return -jnp.max(jnp.where(logits_BV == best_B1, -index_V, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
-def _pad(
-    rows: Sequence[Sequence[int]], num_rows: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _pad(rows: Sequence[np.ndarray], num_rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and segments [num_rows, S], S rounded up; rows beyond the given ones are padding."""
     width = _round_up(max(map(len, rows)))
     ids_BS = np.full((num_rows, width), pad_id, np.int32)

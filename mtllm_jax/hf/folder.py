@@ -146,7 +146,8 @@ def load_into(
     if missing_rows := parameters.keys() ^ table.keys():
         raise RuntimeError(f"the key table and the module differ in {sorted(missing_rows)}")
 
-    missing, misshapen, plan = [], [], {}
+    missing, misshapen = [], []
+    plan: dict[str, list[str]] = {}
     for path, (_, value) in parameters.items():
         plan[path] = []
         for name, shape in _tensors_of(path, table[path], value.shape):

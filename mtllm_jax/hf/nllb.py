@@ -120,7 +120,7 @@ def key_table(config: NLLBConfig) -> dict[str, str]:
 
 def config_from_hf(folder: str | os.PathLike) -> NLLBConfig:
     """Sizes from config.json. ValueError names a field that is missing or not supported."""
-    values = _DEFAULTS | read_config(folder, ("m2m_100",))
+    values: dict[str, Any] = _DEFAULTS | read_config(folder, ("m2m_100",))
     for name, only in (_FIXED | {"decoder_start_token_id": values["eos_token_id"]}).items():
         if values[name] != only:
             raise ValueError(

@@ -9,7 +9,7 @@ sinusoidal; encoder, decoder and output share one embedding.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,9 @@ class NLLBConfig:
     def __post_init__(self) -> None:
         for name in ("encoder_heads", "decoder_heads"):
             if self.width % getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must divide {self.width=}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must divide width {self.width}"
+                )
         if self.width % 2 or self.width < 4:
             raise ValueError(f"width is {self.width}; it must be even and at least 4")
         if self.remat not in REMAT_POLICIES:
@@ -280,7 +282,7 @@ class NLLB(nnx.Module):
         position_B1 = jnp.full((ids_B.shape[0], 1), index, jnp.int32)
         h_B1E = self.embed(ids_B[:, None], position_B1, cache.k_LBTNH.dtype)
 
-        def one_layer(h_B1E, layer):
+        def one_layer(h_B1E: Array, layer: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
             layer_state, k_BTNH, v_BTNH, memory_k_BSNH, memory_v_BSNH = layer
             layer_cache = Cache(
                 k_BTNH, v_BTNH, memory_k_BSNH, memory_v_BSNH, cache.memory_segments_BS
