@@ -237,6 +237,11 @@ def save_params(folder: epath.PathLike, tree: Any) -> None:
         _seal(path, {"leaves": _leaves(tree)})
 
 
+def has_params(folder: epath.PathLike) -> bool:
+    """Whether `save_params` finished here."""
+    return (epath.Path(folder) / _CHECKSUMS).exists()
+
+
 def load_params(folder: epath.PathLike, abstract: Tree) -> Tree:
     """Read what `save_params` wrote, in the shardings of `abstract`.
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from mtllm_jax import sharding
-from mtllm_jax.checkpoint import Checkpointer, load_params, save_params, tree_hash
+from mtllm_jax.checkpoint import Checkpointer, has_params, load_params, save_params, tree_hash
 from mtllm_jax.config import Training
 from mtllm_jax.data.pipeline import Batch, batches
 from mtllm_jax.interrupt import Interrupted, graceful_stop
@@ -138,7 +138,7 @@ def fit(
     # A copy: the step gives its buffers away, and the caller may hold them as someone's weights.
     trainable = sharding.place(jax.tree.map(jnp.copy, trainable), mesh)
     params_folder = stage.path / "params"
-    if params_folder.exists():
+    if has_params(params_folder):
         return load_params(params_folder, trainable)
     frozen = sharding.place(frozen, mesh)
     optimizer = make_optimizer(config)
