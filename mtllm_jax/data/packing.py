@@ -68,7 +68,7 @@ def pack(
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         ),
         length_struct={**lengths, "example": most},
-        padding_struct={**pad_ids, "example": 0},
+        padding_struct={**{stream: pad_ids[stream] for stream in lengths}, "example": 0},
         num_packing_bins=_OPEN_ROWS,
         max_sequences_per_bin=most,
         shuffle_bins=False,

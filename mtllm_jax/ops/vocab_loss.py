@@ -52,16 +52,18 @@ def sampled_vocabulary(is_label_V: np.ndarray, num_sampled: int, key: Array) -> 
 
     is_label_V: bool, host data: the pieces that occur as labels; all of them are kept. Of the rest
     `num_sampled` are drawn with replacement, and each counts for rest ÷ num_sampled pieces, which
-    makes the sum of exponentials an unbiased estimate (importance sampling).
+    makes the sum of exponentials an unbiased estimate (importance sampling). Where that would be
+    no fewer than there are, each is taken once, and the softmax is the whole vocabulary's; with
+    num_sampled=0 none is.
 
     Returns candidates_C, piece ids, labels first and in ascending order (`label_places` finds
-    them), and bias_C, float32, to add to the logits. C = number of labels + num_sampled.
+    them), and bias_C, float32, to add to the logits. C = number of labels + negatives taken.
     """
     kept, rest = np.flatnonzero(is_label_V), np.flatnonzero(~is_label_V)
     num_sampled = min(num_sampled, rest.size)
     bias_C = np.zeros(kept.size + num_sampled, np.float32)
-    if num_sampled == 0:
-        return jnp.asarray(kept), jnp.asarray(bias_C)
+    if num_sampled == 0 or num_sampled == rest.size:
+        return jnp.asarray(np.append(kept, rest[:num_sampled])), jnp.asarray(bias_C)
     bias_C[kept.size :] = np.log(rest.size / num_sampled)
     sampled = jnp.asarray(rest)[jax.random.randint(key, (num_sampled,), 0, rest.size)]
     return jnp.concatenate([jnp.asarray(kept), sampled]), jnp.asarray(bias_C)

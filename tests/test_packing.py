@@ -1,0 +1,117 @@
+"""Packing: nothing lost, nothing mixed, nothing too long, whatever the texts."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtllm_jax.data.packing import STREAMS, pack, padded
+
+PAD_IDS = {"source": 1, "target": 0}
+LENGTHS = {"source": 12, "target": 9}
+
+
+def texts_of(sizes, streams=STREAMS):
+    """One text per entry of `sizes`; its tokens are found nowhere else, so that none can stray."""
+    counter = 100
+    texts = []
+    for size in sizes:
+        text = {}
+        for stream in streams:
+            text[stream] = np.arange(counter, counter + size[stream], dtype=np.int32)
+            counter += size[stream]
+        texts.append(text)
+    return texts
+
+
+def some_sizes(streams):
+    one = st.fixed_dictionaries({stream: st.integers(1, LENGTHS[stream]) for stream in streams})
+    return st.lists(one, min_size=1, max_size=90)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from([STREAMS, ("source",), ("target",)]), st.booleans())
+def test_rows_hold_every_text_once_and_nothing_else(data, streams, packing):
+    texts = texts_of(data.draw(some_sizes(streams)), streams)
+    rows = pack(texts, {s: LENGTHS[s] for s in streams}, PAD_IDS, packing=packing)
+
+    seen = []
+    used = dict.fromkeys(streams, 0)
+    for i in range(len(rows)):
+        row = rows[i]
+        examples = row["example"]
+        num_texts = int(np.sum(examples > 0))
+        assert np.all(examples[:num_texts] > 0), "the texts of a row come first"
+        assert packing or num_texts == 1
+        for stream in streams:
+            ids, segments = row[f"{stream}_ids"], row[f"{stream}_segments"]
+            assert ids.shape == segments.shape == (LENGTHS[stream],)
+            assert ids.dtype == segments.dtype == np.int32
+            expected = [texts[n - 1][stream] for n in examples[:num_texts]]
+            numbers = [np.full(len(text), n + 1) for n, text in enumerate(expected)]
+            filled = sum(map(len, expected))
+            used[stream] += filled
+            np.testing.assert_array_equal(ids[:filled], np.concatenate(expected))
+            np.testing.assert_array_equal(segments[:filled], np.concatenate(numbers))
+            assert np.all(ids[filled:] == PAD_IDS[stream]) and np.all(segments[filled:] == 0)
+        seen += list(examples[:num_texts])
+    assert sorted(seen) == list(range(1, len(texts) + 1))
+    assert rows.arrays["example"].dtype == np.int32
+    assert np.any(rows.arrays["example"][:, -1] > 0), "a last column that no row uses"
+    for stream in streams:
+        assert rows.fill[stream] == pytest.approx(used[stream] / (len(rows) * LENGTHS[stream]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(some_sizes(("source",)))
+def test_no_two_rows_could_have_been_one_when_all_stay_open(sizes):
+    """First fit: of rows open at the same time, no later one's first text fits an earlier one."""
+    rows = pack(texts_of(sizes[:30], ("source",)), {"source": 12}, PAD_IDS)
+    filled = np.sum(rows.arrays["source_segments"] > 0, axis=1)
+    firsts = np.array([sizes[first - 1]["source"] for first in rows.arrays["example"][:, 0]])
+    order = np.argsort(rows.arrays["example"][:, 0])
+    for place, earlier in enumerate(order):
+        for later in order[place + 1 :]:
+            assert filled[earlier] + firsts[later] > 12
+
+
+def test_a_text_without_tokens_on_one_side_keeps_the_sides_matched():
+    sizes = [{"source": 3, "target": 2}, {"source": 2, "target": 0}, {"source": 1, "target": 3}]
+    rows = pack(texts_of(sizes), LENGTHS, PAD_IDS)
+    (row,) = rows
+    assert list(row["example"][:3]) == [1, 2, 3]
+    assert list(row["source_segments"][:7]) == [1, 1, 1, 2, 2, 3, 0]
+    assert list(row["target_segments"][:6]) == [1, 1, 3, 3, 3, 0]
+
+
+def test_packing_is_a_function_of_its_input():
+    rng = np.random.default_rng(0)
+    sizes = [{s: int(rng.integers(1, LENGTHS[s] + 1)) for s in STREAMS} for _ in range(200)]
+    one, other = (pack(texts_of(sizes), LENGTHS, PAD_IDS) for _ in range(2))
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(array, other.arrays[name])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_text_longer_than_its_row_is_refused(packing):
+    texts = texts_of([{"source": 12, "target": 9}, {"source": 12, "target": 10}])
+    with pytest.raises(ValueError, match=r"text 1 has 10 target tokens, a row holds 9\."):
+        pack(texts, LENGTHS, PAD_IDS, packing=packing)
+
+
+def test_no_texts_are_refused():
+    with pytest.raises(ValueError, match="no texts"):
+        pack([], LENGTHS, PAD_IDS)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 3))
+def test_padded(sizes, spare):
+    texts = [np.arange(100 * i, 100 * i + size) for i, size in enumerate(sizes, 1)]
+    arrays = padded(texts, "source", 7, rows=len(texts) + spare)
+    ids, segments = arrays["source_ids"], arrays["source_segments"]
+    assert ids.shape == segments.shape == (len(texts) + spare, -(-max(sizes) // 8) * 8)
+    for i, text in enumerate(texts):
+        np.testing.assert_array_equal(ids[i], list(text) + [7] * (ids.shape[1] - len(text)))
+        assert list(segments[i]) == [1] * len(text) + [0] * (ids.shape[1] - len(text))
+    assert np.all(ids[len(texts) :] == 7) and np.all(segments[len(texts) :] == 0)
