@@ -34,7 +34,7 @@ def by_hand(h, kernel, labels, weights, bias):
 
 
 @pytest.mark.parametrize(
-    "M, D, V, chunk",
+    ("M", "D", "V", "chunk"),
     [(13, 5, 17, 0), (13, 5, 17, 1), (13, 5, 17, 5), (13, 5, 17, 100), (8, 4, 33, 4), (1, 3, 2, 1)],
 )
 def test_values_and_gradients(M, D, V, chunk):

@@ -21,9 +21,9 @@ _OPEN_ROWS = 32  # rows that first-fit keeps open: more fill better, and mix ord
 class Rows:
     """Packed rows in memory, as grain's random-access sources are.
 
-    arrays: {stream}_ids and {stream}_segments int32 [rows, length] (segment 0 = padding, else 1..N),
-    and example int32 [rows, N]: the text in each segment, as its place in the sequence plus 1
-    (0 = no text). fill: useful positions ÷ all positions, by stream.
+    arrays: {stream}_ids and {stream}_segments int32 [rows, length] (segment 0 = padding, else
+    1..N), and example int32 [rows, N]: the text in each segment, as its place in the sequence
+    plus 1 (0 = no text). fill: useful positions ÷ all positions, by stream.
     """
 
     arrays: dict[str, np.ndarray]

@@ -1,6 +1,7 @@
 """Attention over packed rows.
 
-B rows, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head width.
+B rows, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head
+width.
 
 | backend | where | segments | causal | window | dense mask |
 |---------|-------|----------|--------|--------|------------|
@@ -28,8 +29,11 @@ def attention(
 
     Segments are int32, 0 = padding; a query sees the keys of its own segment alone. causal: only
     keys at or before its own place in the row; window: only the last `window` of those (Mistral's
-    sliding window). Scores are scaled by H^-1/2 and normalised in float32.
+    sliding window), ValueError without causal. Scores are scaled by H^-1/2 and normalised in
+    float32. What a query without a key to see reads is finite, and has no meaning.
     """
+    if window is not None and not causal:
+        raise ValueError(f"window is {window}, which only causal attention has.")
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     seen_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]

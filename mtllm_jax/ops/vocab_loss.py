@@ -70,5 +70,8 @@ def sampled_vocabulary(is_label_V: np.ndarray, num_sampled: int, key: Array) -> 
 
 
 def label_places(is_label_V: np.ndarray) -> Array:
-    """Piece id → its place among the candidates of `sampled_vocabulary`. int32 [V], labels alone."""
+    """Piece id → its place among the candidates of `sampled_vocabulary`. int32 [V].
+
+    Pieces that are no labels get a place without meaning.
+    """
     return jnp.asarray(np.cumsum(is_label_V) - 1, jnp.int32)
