@@ -36,6 +36,7 @@ def mini() -> c.MTLLM:
         languages=LANGUAGES,
         adaptation_text="",
         task=c.TaskFiles(),
+        text=c.TextSizes(),
         mini_nllb=c.MiniNLLB(
             training=c.Training(
                 steps=800, batch_rows=32, learning_rate=4e-3, source_length=64, target_length=48
@@ -83,7 +84,7 @@ def mini() -> c.MTLLM:
             noise_text=0.4,
         ),
         mt_encoder=c.Training(steps=300, batch_rows=8, learning_rate=2e-3, source_length=64),
-        evaluation=c.Evaluation(batch_rows=256, max_length=128, max_new_tokens=24),
+        evaluation=c.Evaluation(split="test", batch_rows=256, max_length=128, max_new_tokens=24),
         mesh=c.Mesh(),
         compute_dtype="float32",
         frozen_dtype="float32",
@@ -152,7 +153,7 @@ def llama3_8b() -> c.MTLLM:
             final_rate=0.0,
             checkpoint_every=1000,
         ),
-        evaluation=c.Evaluation(batch_rows=64, max_length=512, max_new_tokens=512),
+        evaluation=c.Evaluation(split="test", batch_rows=64, max_length=512, max_new_tokens=512),
         mesh=c.Mesh(data=1, fsdp=-1, tensor=1),  # [ours]
         compute_dtype="bfloat16",  # [code]
         frozen_dtype="bfloat16",  # [ours]

@@ -54,6 +54,18 @@ class Training:
 
 
 @dataclass(frozen=True)
+class TextSizes:
+    """Rows drawn for the embedded text; names and their translations are always all there."""
+
+    train_pairs: int = 3000  # labelled English lists
+    test_pairs: int = 300  # items of each test split
+    dev_pairs: int = 300  # items of each dev split; fewer where the concepts allow no more
+    lists_per_language: int = 800  # mixed lists in the parallel text
+    english: int = 12000  # rows of the LLM's text
+    adaptation: int = 16000  # rows of stage 1
+
+
+@dataclass(frozen=True)
 class MiniNLLB:
     """The tiny encoder–decoder that the default run trains for itself, NLLB's shape."""
 
@@ -134,6 +146,7 @@ class TaskFiles:
 
 @dataclass(frozen=True)
 class Evaluation:
+    split: Literal["test", "dev"]  # of the embedded task; settings are chosen on dev
     batch_rows: int  # texts per forward pass
     max_length: int  # tokens of a text, both sides; longer ones are cut
     max_new_tokens: int  # of a translation
@@ -152,6 +165,7 @@ class MTLLM:
     languages: tuple[str, ...]  # FLORES-200 codes evaluated beside English
     adaptation_text: str  # English text for stage 1; "" = the embedded text
     task: TaskFiles
+    text: TextSizes
     mini_nllb: MiniNLLB
     mini_llama: MiniLlama
     bidirectional: bool  # the LLM's attention in stages 1 and 2; as LLM2Vec makes it
@@ -191,6 +205,8 @@ class MTLLM:
             dataclasses.asdict(self.task),
             "either both files or neither",
         )
+        for name, size in dataclasses.asdict(self.text).items():
+            require(size >= 1, f"text.{name}", size, "at least 1")
         for where, training in self.stages().items():
             training.check(where)
         sizes = dataclasses.asdict(self.mesh)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import reduced
 
 # [B, S] + [S] is a mistake here until someone writes it out.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -41,3 +42,13 @@ def mtllm_data() -> Path:
 def mtllm_models() -> Path:
     """The folder of real pretrained checkpoints, one Hugging Face folder each."""
     return _folder("MTLLM_MODELS", "the folder of real pretrained checkpoints")
+
+
+@pytest.fixture(scope="session")
+def mini_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run of the reduced config, finished. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("mini") / "run"
+    done = reduced.train(*reduced.ARGUMENTS, f"--workdir={folder}", cwd=folder.parent)
+    if done.returncode:
+        pytest.fail(f"the reduced run ended with {done.returncode}: {done.stdout}{done.stderr}")
+    return folder

@@ -11,7 +11,6 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, cycle, islice
 from typing import Any
@@ -21,6 +20,7 @@ from babel import Locale
 from babel.core import get_global
 from babel.lists import format_list
 
+from mtllm_jax.config import TextSizes
 from mtllm_jax.languages import ENGLISH, LANGUAGES, check_language
 
 REGIONS = ("Africa", "America", "Asia", "Europe", "Oceania")
@@ -39,18 +39,6 @@ _MIN_SPEAKERS = 10.0  # per cent of a territory, for a fact about a language
 
 Row = dict[str, Any]
 Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class TextSizes:
-    """How many rows are drawn; names and their translations are always all there."""
-
-    train_pairs: int = 3000  # labelled English lists
-    test_pairs: int = 300  # items of each test split
-    dev_pairs: int = 300  # items of each dev split; fewer where the concepts allow no more
-    lists_per_language: int = 800  # mixed lists in the parallel text
-    english: int = 12000  # rows of the LLM's text
-    adaptation: int = 16000  # rows of stage 1
 
 
 # ------------------------------------------------------------------ what CLDR knows

@@ -33,7 +33,8 @@ import tensorflow_datasets as tfds
 from babel.core import get_cldr_version
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mtllm_jax.data.babel import DEV_AND_TEST, REGIONS, BabelText, Row, TextSizes, check_languages
+from mtllm_jax.config import TextSizes
+from mtllm_jax.data.babel import DEV_AND_TEST, REGIONS, BabelText, Row, check_languages
 from mtllm_jax.languages import ENGLISH
 
 LABELLED = ("task_train", *DEV_AND_TEST)

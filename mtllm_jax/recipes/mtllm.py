@@ -41,9 +41,14 @@ def run(config: MTLLM, folder: RunFolder, console: Console, dry_run: bool = Fals
     """Every stage, then the evaluation, results.json and report.html; finished stages are skipped."""
     job = Job.start(config, folder, console)
     with job.stage("text", "text") as stage:
-        text = build_text(stage.path, languages=config.languages, seed=job.stage_seed("text"))
+        text = build_text(
+            stage.path,
+            languages=config.languages,
+            seed=job.stage_seed("text"),
+            sizes=config.text,
+        )
         folder.write_json("text.json", text.describe())
-    task = embedded_task(text)
+    task = embedded_task(text, config.evaluation.split)
     english = [row["text"] for row in text["adaptation"]]
     encoder_folder = Path(config.encoder) if config.encoder else mini_models.mini_nllb(job, text)
     llm_folder = Path(config.llm) if config.llm else mini_models.mini_llama(job, text)
@@ -74,10 +79,10 @@ def run(config: MTLLM, folder: RunFolder, console: Console, dry_run: bool = Fals
     console.print(results_table(results, folder.path, console.width))
 
 
-def embedded_task(text: TextDataset) -> Classification:
+def embedded_task(text: TextDataset, split: str) -> Classification:
     """Region of a short list of names, labelled in English alone."""
 
-    def rows(split: str) -> list[Row]:
+    def rows(name: str) -> list[Row]:
         return [
             {
                 "id": str(row["id"]),
@@ -85,10 +90,10 @@ def embedded_task(text: TextDataset) -> Classification:
                 "language": row["language"],
                 "label": text.labels[row["label"]],
             }
-            for row in text[split]
+            for row in text[name]
         ]
 
-    tests = {"seen": rows("test_seen"), "unseen": rows("test_unseen")}
+    tests = {test: rows(f"{split}_{test}") for test in ("seen", "unseen")}
     return Classification("region of a list of names", rows("task_train"), tests)
 
 

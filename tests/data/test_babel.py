@@ -14,7 +14,8 @@ from babel import Locale
 from babel.core import get_global
 from babel.lists import format_list
 
-from mtllm_jax.data.babel import DEV_AND_TEST, REGIONS, TextSizes
+from mtllm_jax.config import TextSizes
+from mtllm_jax.data.babel import DEV_AND_TEST, REGIONS
 from mtllm_jax.data.babel_tfds import LABELLED, SPLITS, build_text
 
 LOCALES = {
