@@ -134,6 +134,31 @@ def load_into(
 ) -> Module:
     """`module` (from `nnx.eval_shape`) with its parameters read from `tensors`, in `dtype`.
 
+    The other arguments and the errors are those of `match`.
+    """
+    plan = match(module, tensors, table, aliases=aliases, ignored=ignored)
+    graph, state = nnx.split(module)
+    flat = []
+    for keys, value in nnx.to_flat_state(state):
+        path = _path(keys)
+        array = np.empty(value.shape, jnp.dtype(dtype))
+        rows = array if "{layer}" in table[path] else array[None]
+        for row, name in zip(rows, plan[path], strict=True):
+            row[...] = _transposed(path, tensors.read(name))
+        flat.append((keys, value.replace(jnp.asarray(array))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def match(
+    module: nnx.Module,
+    tensors: Tensors,
+    table: KeyTable,
+    *,
+    aliases: Mapping[str, Sequence[str]] = {},
+    ignored: Iterable[str] = (),
+) -> dict[str, list[str]]:
+    """For each parameter the names, as on disk, of the tensors it is made of; reads no weights.
+
     aliases: other names under which tied weights may also, or alone, be stored: {name: others}.
     ignored: patterns (`*`) of tensors that may be there without being read.
     The prefix `model.` may be absent from all names on disk. What is missing, unexpected or of
@@ -141,14 +166,13 @@ def load_into(
     """
     stored = {key: key for key in tensors.keys()}
     stored |= {_PREFIX + key: key for key in stored if not key.startswith(_PREFIX)}
-    graph, state = nnx.split(module)
-    parameters = {_path(keys): (keys, value) for keys, value in nnx.to_flat_state(state)}
+    parameters = {_path(keys): value for keys, value in nnx.to_flat_state(nnx.state(module))}
     if missing_rows := parameters.keys() ^ table.keys():
         raise RuntimeError(f"the key table and the module differ in {sorted(missing_rows)}")
 
     missing, misshapen = [], []
     plan: dict[str, list[str]] = {}
-    for path, (_, value) in parameters.items():
+    for path, value in parameters.items():
         plan[path] = []
         for name, shape in _tensors_of(path, table[path], value.shape):
             name = next((n for n in (name, *aliases.get(name, ())) if n in stored), name)
@@ -171,15 +195,7 @@ def load_into(
     if any(problems.values()):
         told = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
         raise ValueError(f"{tensors.folder}: its tensors are not those of its config.json; {told}")
-
-    flat = []
-    for path, (keys, value) in parameters.items():
-        array = np.empty(value.shape, jnp.dtype(dtype))
-        rows = array if "{layer}" in table[path] else array[None]
-        for row, name in zip(rows, plan[path], strict=True):
-            row[...] = _transposed(path, tensors.read(name))
-        flat.append((keys, value.replace(jnp.asarray(array))))
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return plan
 
 
 def export_tensors(module: nnx.Module, table: KeyTable) -> Iterator[tuple[str, np.ndarray]]:

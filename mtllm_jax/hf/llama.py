@@ -16,7 +16,14 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mtllm_jax.hf.folder import Tensors, export_tensors, load_into, read_config, write_folder
+from mtllm_jax.hf.folder import (
+    Tensors,
+    export_tensors,
+    load_into,
+    match,
+    read_config,
+    write_folder,
+)
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
 from mtllm_jax.ops.rope import LinearScaling, Llama3Scaling, RopeScaling
 
@@ -54,24 +61,40 @@ def load_llama(
 
     ValueError, before any weight is read, for a folder, field or tensor that does not fit.
     """
+    config = dataclasses.replace(_config(folder), remat=remat, unroll_layers=unroll_layers)
+    module, tensors, table, options = _to_fill(config, folder)
+    return load_into(module, tensors, table, dtype, **options)
+
+
+def check_llama(folder: str | os.PathLike) -> LlamaConfig:
+    """Raises what `load_llama` would, without reading any weight; returns the model's sizes."""
+    config = _config(folder)
+    module, tensors, table, options = _to_fill(config, folder)
+    match(module, tensors, table, **options)
+    return config
+
+
+def _config(folder: str | os.PathLike) -> LlamaConfig:
     source = read_config(folder, FAMILIES)
     try:
-        config = dataclasses.replace(
-            config_from_hf(source), remat=remat, unroll_layers=unroll_layers
-        )
+        return config_from_hf(source)
     except ValueError as error:
         raise ValueError(f"{os.fspath(folder)}/config.json: {error}") from None
+
+
+def _to_fill(
+    config: LlamaConfig, folder: str | os.PathLike
+) -> tuple[Llama, Tensors, dict[str, str], dict[str, Any]]:
+    """The model without values, and what its values are read from and by."""
     tensors = Tensors(folder)
     if config.tie_embeddings:
         _check_tied(tensors)
-    return load_into(
-        nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))),
-        tensors,
-        key_table(config),
-        dtype,
-        aliases={_EMBEDDING: (_OUTPUT,)} if config.tie_embeddings else {},
-        ignored=("*.rotary_emb.inv_freq",),  # a constant that old Llama checkpoints stored
-    )
+    options = {
+        "aliases": {_EMBEDDING: (_OUTPUT,)} if config.tie_embeddings else {},
+        "ignored": ("*.rotary_emb.inv_freq",),  # a constant that old Llama checkpoints stored
+    }
+    module = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+    return module, tensors, key_table(config), options
 
 
 def save_llama(

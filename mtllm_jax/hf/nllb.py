@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mtllm_jax.hf.folder import Tensors, export_tensors, load_into, read_config, write_folder
+from mtllm_jax.hf.folder import (
+    Tensors,
+    export_tensors,
+    load_into,
+    match,
+    read_config,
+    write_folder,
+)
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 
 _FIELDS = {
@@ -78,11 +85,25 @@ def load_nllb(
     config = replace(config_from_hf(folder), remat=remat, unroll_layers=unroll_layers)
     if not with_decoder:
         config = replace(config, decoder_layers=0)
-    module = nnx.eval_shape(lambda: NLLB(config, nnx.Rngs(0)))
-    ignored = _IGNORED if with_decoder else (*_IGNORED, "model.decoder.*")
     return load_into(
-        module, Tensors(folder), key_table(config), dtype, aliases=_ALIASES, ignored=ignored
+        _abstract(config), Tensors(folder), key_table(config), dtype, **_options(config)
     )
+
+
+def check_nllb(folder: str | os.PathLike) -> NLLBConfig:
+    """Raises what `load_nllb` would, without reading any weight; returns the model's sizes."""
+    config = config_from_hf(folder)
+    match(_abstract(config), Tensors(folder), key_table(config), **_options(config))
+    return config
+
+
+def _abstract(config: NLLBConfig) -> NLLB:
+    return nnx.eval_shape(lambda: NLLB(config, nnx.Rngs(0)))
+
+
+def _options(config: NLLBConfig) -> dict[str, Any]:
+    ignored = _IGNORED if config.decoder_layers else (*_IGNORED, "model.decoder.*")
+    return {"aliases": _ALIASES, "ignored": ignored}
 
 
 def save_nllb(
