@@ -59,8 +59,10 @@ def load_parts(config: MTLLM, encoder_folder: Path, llm_folder: Path) -> Parts:
 
 
 def copy(module: Any) -> Any:
-    """A module of its own on the same arrays."""
-    return nnx.merge(*nnx.split(module))
+    """A module of its own on the same arrays: changing one in place leaves the other alone."""
+    graph, state = nnx.split(module)
+    # merge takes the variables as they are; the map puts each array into a new one.
+    return nnx.merge(graph, jax.tree.map(lambda x: x, state))
 
 
 def is_trained(config: MTLLM) -> Any:
