@@ -44,8 +44,14 @@ def attention(
         if window is not None:
             near_TS &= distance_TS < window
         seen_BTS &= near_TS[None]
+    # Heads in front and a key head's queries in one dim: plain batched matrix products.
+    S = k_BSKH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    q_BKQH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
+    scores_BKQS = jnp.matmul(q_BKQH, k_BKHS, preferred_element_type=jnp.float32)
+    scores = scores_BKQS.reshape(B, K, -1, T, S)
     scores = jnp.where(seen_BTS[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(B, T, N, H)
+    weights_BKQS = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype).reshape(B, K, -1, S)
+    mixed = jnp.matmul(weights_BKQS, v_BKSH).reshape(B, K, N // K, T, H)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
