@@ -203,7 +203,7 @@ CASES = ("adaptation-lora", *(make.__name__ for make in MAKERS))
 
 @functools.cache
 def stage(case: str) -> Stage:
-    """One of `CASES`, made once a process, so that what it compiles is shared."""
+    """An objective, with "-lora" where adapters are trained; made once, for all that compile it."""
     name, _, trained = case.partition("-")
     make = {make.__name__: make for make in MAKERS}[name]
     return make(settings(trained=trained or "all"))

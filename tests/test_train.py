@@ -1,0 +1,388 @@
+"""The step and the loop: closed forms on a linear model, and what a real stage leaves alone."""
+
+import dataclasses
+import functools
+import io
+import json
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from etils import epath
+from flax import nnx
+
+from mtllm_jax import sharding
+from mtllm_jax.config import Mesh, Training
+from mtllm_jax.data.packing import Rows
+from mtllm_jax.metrics import Console, read_metrics
+from mtllm_jax.models.layers import param
+from mtllm_jax.runfolder import StageFolder
+from mtllm_jax.train import TrainState, fit, make_optimizer, train_step
+
+ROWS, IN, OUT = 12, 4, 3
+
+
+class Linear(nnx.Module):
+    """What is learnt: x · kernel + bias; what is frozen: a scale per output."""
+
+    def __init__(self):
+        init = nnx.initializers.normal(1.0)
+        rngs = nnx.Rngs(0)
+        self.kernel = param(rngs, (IN, OUT), ("embed", "classes"), init)
+        self.bias = param(rngs, (OUT,), ("classes",), init)
+        self.frozen_scale = param(rngs, (OUT,), ("classes",), init)
+
+
+GRAPH, FROZEN, TRAINABLE = nnx.split(Linear(), nnx.PathContains("frozen_scale"), ...)
+
+
+def squared_error(trainable, frozen, batch, key):
+    model = nnx.merge(GRAPH, frozen, trainable)
+    y = (batch["x"] @ model.kernel[...] + model.bias[...][None]) * model.frozen_scale[...][None]
+    errors = jnp.sum(jnp.square(y - batch["y"]), axis=1)
+    valid = batch["example"][:, 0] > 0
+    count = jnp.sum(valid.astype(jnp.float32))
+    return {"loss": (jnp.sum(errors * valid), count), "noise": (jax.random.normal(key), count)}
+
+
+def a_batch(seed=0, valid=None):
+    rng = np.random.default_rng(seed)
+    valid = np.ones(ROWS) if valid is None else np.asarray(valid)
+    return {
+        "x": rng.normal(size=(ROWS, IN)).astype(np.float32),
+        "y": rng.normal(size=(ROWS, OUT)).astype(np.float32),
+        "example": valid[:, None].astype(np.int32),
+    }
+
+
+def start(optimizer, trainable=TRAINABLE):
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        opt_state=optimizer.init(trainable),
+        rng=jax.random.key(0),
+    )
+
+
+@functools.cache
+def stepper(optimizer, accumulation=1):
+    return jax.jit(
+        functools.partial(
+            train_step, objective=squared_error, optimizer=optimizer, accumulation=accumulation
+        )
+    )
+
+
+def values(tree):
+    """{path: array} of a state of parameters."""
+    flat = nnx.to_flat_state(tree)
+    return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
+
+
+def assert_same_trees(one, other):
+    def plain(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(plain(a), plain(b)), one, other)
+
+
+# ---------------------------------------------------------------- the step
+
+
+def mean_gradient(batch):
+    """∂ mean error over the valid rows, by hand."""
+    kernel, bias = (values(TRAINABLE)[name] for name in ("kernel", "bias"))
+    scale = values(FROZEN)["frozen_scale"]
+    valid = batch["example"][:, 0] > 0
+    x, y = batch["x"][valid], batch["y"][valid]
+    error = 2 * ((x @ kernel + bias) * scale - y) * scale
+    return {"kernel": x.T @ error / len(x), "bias": error.sum(0) / len(x)}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 12])
+def test_one_step_is_that_of_the_mean_over_the_whole_batch(accumulation):
+    """However many rows of each micro-batch count, and if none does."""
+    batch = a_batch(valid=[1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0])
+    optimizer = optax.sgd(1.0)
+    state, terms = stepper(optimizer, accumulation)(start(optimizer), FROZEN, batch)
+    wanted = mean_gradient(batch)
+    before, after = values(TRAINABLE), values(state.trainable)
+    for name, gradient in wanted.items():
+        np.testing.assert_allclose(before[name] - after[name], gradient, atol=2e-5)
+    norm = np.sqrt(sum(np.sum(g**2) for g in wanted.values()))
+    np.testing.assert_allclose(terms["grad_norm"], (norm, 1), rtol=1e-5)
+    assert terms["loss"][1] == 4 and terms["skipped"] == (0, 1)
+    assert state.step == 1
+
+
+def test_every_step_and_micro_batch_draws_its_own_noise():
+    optimizer = optax.sgd(0.1)
+    state, drawn = start(optimizer), []
+    for _ in range(3):
+        state, terms = stepper(optimizer)(state, FROZEN, a_batch())
+        drawn.append(float(terms["noise"][0]))
+    _, again = stepper(optimizer)(dataclasses.replace(state, step=jnp.int32(1)), FROZEN, a_batch())
+    assert len(set(drawn)) == 3 and again["noise"][0] == drawn[1]
+    _, terms = stepper(optimizer, 2)(start(optimizer), FROZEN, a_batch())
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
+    np.testing.assert_allclose(
+        terms["noise"][0], sum(float(jax.random.normal(key)) for key in keys), rtol=1e-6
+    )
+
+
+def spoilt(kind):
+    batch = a_batch()
+    if kind == "nothing to count":
+        batch["example"][:] = 0
+    else:
+        batch["x"][3, 1] = float(kind)
+    return batch
+
+
+@pytest.mark.parametrize("kind", ["nothing to count", "nan", "inf", "1e30"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_without_a_sound_gradient_changes_nothing(kind, accumulation):
+    """Weights, moments and the schedule's count stay bit for bit; the step counts as skipped."""
+    optimizer = make_optimizer(Training(steps=10, batch_rows=ROWS, learning_rate=0.1))
+    step = stepper(optimizer, accumulation)
+    state, _ = step(start(optimizer), FROZEN, a_batch())
+    after, terms = step(state, FROZEN, spoilt(kind))
+    assert terms["skipped"] == (1, 1)
+    assert after.step == 2
+    assert_same_trees(
+        (after.trainable, after.opt_state, after.rng), (state.trainable, state.opt_state, state.rng)
+    )
+    final, terms = step(after, FROZEN, a_batch())
+    assert terms["skipped"] == (0, 1)
+    assert np.any(values(final.trainable)["kernel"] != values(state.trainable)["kernel"])
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+def rate(i, config):
+    """The learning rate of update `i`, from 0, as the README of the schedule would put it."""
+    warmup = round(config.warmup * config.steps)
+    if i < warmup:
+        return config.learning_rate * (i + 1) / (warmup + 1)
+    done = (i - warmup) / max(1, config.steps - warmup)
+    shape = 1 - done if config.schedule == "linear" else (1 + np.cos(np.pi * done)) / 2
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * shape)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("warmup", "final_rate"), [(0.0, 0.1), (0.3, 0.05), (0.01, 0.0), (1.0, 0.5)]
+)
+def test_schedule(schedule, warmup, final_rate):
+    """Adam on a constant gradient moves by the learning rate, so the moves tell the schedule."""
+    config = Training(
+        steps=20,
+        batch_rows=1,
+        learning_rate=0.3,
+        schedule=schedule,
+        warmup=warmup,
+        final_rate=final_rate,
+        weight_decay=0.0,
+        clip_norm=0.0,
+    )
+    optimizer = make_optimizer(config)
+    ones = jax.tree.map(jnp.ones_like, TRAINABLE)
+    opt_state = optimizer.init(TRAINABLE)
+    update = jax.jit(optimizer.update)
+    moves = []
+    for _ in range(config.steps):
+        updates, opt_state = update(ones, opt_state, TRAINABLE)
+        moves.append(-float(updates["bias"][...][0]))
+    np.testing.assert_allclose(moves, [rate(i, config) for i in range(20)], rtol=1e-4)
+    assert min(moves) > 0, "no update is wasted"
+
+
+def test_weight_decay_spares_norms_and_biases_of_stacked_layers_too():
+    """With no gradient at all, what changes is what decays, by rate × decay × weight."""
+    config = Training(
+        steps=10, batch_rows=1, learning_rate=0.2, weight_decay=0.3, warmup=0.0, clip_norm=1.0
+    )
+    optimizer = make_optimizer(config)
+    update = jax.jit(optimizer.update, compiler_options=tiny.QUICK)
+    for case in ("adaptation", "translation"):
+        trainable = tiny.stage(case).trainable
+        zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), trainable)
+        updates, _ = update(zeros, jax.jit(optimizer.init)(trainable), trainable)
+        for name, change in values(updates).items():
+            is_vector = name.rpartition("/")[2] in ("bias", "scale")
+            wanted = 0.0 if is_vector else -0.2 * 0.3 * values(trainable)[name]
+            np.testing.assert_allclose(change, wanted, rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
+def test_clipping(clip_norm):
+    """Adam's first moment is a tenth of the gradient it was shown."""
+    config = Training(steps=10, batch_rows=1, learning_rate=0.1, clip_norm=clip_norm)
+    optimizer = make_optimizer(config)
+    gradient = jax.tree.map(lambda x: 3 * x, TRAINABLE)
+    _, opt_state = optimizer.update(gradient, optimizer.init(TRAINABLE), TRAINABLE)
+    (adam,) = (
+        part
+        for part in jax.tree.leaves(opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(part, "mu")
+    )
+    norm = float(optax.tree.norm(gradient))
+    assert 0.5 < norm < 1e6
+    wanted = clip_norm if clip_norm == 0.5 else norm
+    np.testing.assert_allclose(optax.tree.norm(adam.mu), 0.1 * wanted, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- what a stage holds
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_no_array_of_any_size_is_a_constant_of_the_program(case):
+    """The weights, frozen ones above all, come in as arguments and not by a closure."""
+    stage = tiny.stage(case)
+    optimizer = make_optimizer(tiny.TRAINING)
+    step = functools.partial(train_step, objective=stage.objective, optimizer=optimizer)
+    state = start(optimizer, stage.trainable)
+    program = jax.make_jaxpr(step)(state, stage.frozen, stage.batch())
+    assert max([np.size(x) for x in constants(program)], default=0) <= 2 * tiny.VOCAB
+
+
+def constants(program):
+    """All arrays that stand in a closed jaxpr or in the ones within it."""
+    yield from program.consts
+    for equation in program.jaxpr.eqns:
+        yield from (x.val for x in equation.invars if isinstance(x, jax.extend.core.Literal))
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr),
+        ):
+            if isinstance(inner, jax.extend.core.ClosedJaxpr):
+                yield from constants(inner)
+
+
+def run_fit(folder, *, case=None, add=None, **changes):
+    """`fit` on the linear model's rows, or on those of a case of `tiny`. (result, what was said)"""
+    said = io.StringIO()
+    if case is None:
+        arrays = a_batch() | {"row": np.arange(ROWS, dtype=np.int32)}
+        given = (squared_error, TRAINABLE, FROZEN, lambda: Rows(arrays, {}))
+        config = Training(steps=6, batch_rows=ROWS, learning_rate=0.05, checkpoint_every=4)
+    else:
+        stage = tiny.stage(case)
+        given = (stage.objective, stage.trainable, stage.frozen, stage.rows)
+        config = dataclasses.replace(tiny.TRAINING, steps=3)
+    objective, trainable, frozen, rows = given
+    result = fit(
+        StageFolder(epath.Path(folder)),
+        "a stage",
+        dataclasses.replace(config, **changes),
+        objective=objective,
+        trainable=trainable,
+        frozen=frozen,
+        rows=rows,
+        mesh=sharding.make_mesh(Mesh(), jax.devices()[:1]),
+        seed=3,
+        console=Console(said),
+        add=add,
+    )
+    return result, said.getvalue()
+
+
+def leaves_of(folder):
+    """Names of the arrays in a checkpoint."""
+    return set(json.loads((folder / "checksums.json").read_text())["checkpoint"]["leaves"])
+
+
+def test_frozen_weights_are_nowhere_but_in_the_argument(tmp_path):
+    """Not in the gradient, not in the optimizer, not on disk, and bitwise what they were."""
+    stage = tiny.stage("adaptation-lora")
+    frozen, trainable = (
+        jax.tree.map(lambda x: np.array(x), tree) for tree in (stage.frozen, stage.trainable)
+    )
+    gradient, _ = stage(stage.batch())
+    names = set(values(stage.trainable))
+    frozen_names = set(values(stage.frozen["stack"]))
+    assert names and frozen_names and not names & frozen_names
+    assert set(values(gradient)) == names
+
+    trained, _ = run_fit(tmp_path, case="adaptation-lora")
+    assert_same_trees(stage.frozen, frozen)
+    assert_same_trees(stage.trainable, trainable)
+    assert all(np.any(values(trained)[name] != values(trainable)[name]) for name in names)
+
+    # Each trained array thrice, as weight and as Adam's two moments, and what counts the steps.
+    stored = leaves_of(tmp_path / "checkpoints" / "3")
+    assert {name for name in stored if name.startswith("trainable/")} == {
+        f"trainable/{name}/value" for name in names
+    }
+    for moment in ("/mu/", "/nu/"):
+        of_moment = {name.split(moment)[1] for name in stored if moment in name}
+        assert of_moment == {f"{name}/value" for name in names}
+    others = {name for name in stored if not name.endswith("/value")}
+    assert len(others) == len(stored) - 3 * len(names)
+    assert {name for name in others if not name.endswith("/count")} == {"step", "rng"}
+    assert leaves_of(tmp_path / "params") == {f"{name}/value" for name in names}
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_a_finished_stage_is_read_back_and_its_data_left_alone(tmp_path):
+    trained, _ = run_fit(tmp_path)
+    before = files(tmp_path)
+    again, said = run_fit(tmp_path, steps=500)  # would take other steps, if it took any
+    assert_same_trees(again, trained)
+    assert said == ""
+    assert before == files(tmp_path)
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_weights_that_were_not_finished_are_written_again(tmp_path):
+    """A kill between the last checkpoint and the end of the weights costs nothing."""
+    trained, _ = run_fit(tmp_path)
+    (tmp_path / "params" / "checksums.json").unlink()
+    again, said = run_fit(tmp_path)
+    assert_same_trees(again, trained)
+    assert "going on from step 6 of 6" in said
+    assert_same_trees(run_fit(tmp_path)[0], trained)
+
+
+def test_metrics_are_those_of_each_step(tmp_path):
+    run_fit(tmp_path)
+    frame = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(frame["step"]) == [1, 2, 3, 4, 5, 6]
+    optimizer = make_optimizer(
+        Training(steps=6, batch_rows=ROWS, learning_rate=0.05, checkpoint_every=4)
+    )
+    state = start(optimizer)  # all rows are in every batch, so their order is nothing
+    for loss in frame["loss"]:
+        state, terms = stepper(optimizer)(state, FROZEN, a_batch())
+        np.testing.assert_allclose(loss, terms["loss"][0] / ROWS, rtol=1e-5)
+    assert np.all(frame["skipped"] == 0)
+
+
+def spoil(batch, steps):
+    """An `add` that makes the gradient of some batches not a number; counts from 1."""
+    spoil.count += 1
+    if spoil.count in steps:
+        batch = {**batch, "x": batch["x"] * np.float32("nan")}
+    return batch
+
+
+def test_ten_skipped_steps_in_a_row_end_the_run(tmp_path):
+    spoil.count = 0
+    bad = {2, 4, *range(6, 15), *range(16, 40)}  # nine in a row are not ten
+    with pytest.raises(FloatingPointError, match=r"10 steps in a row .* not finite.* step 25\."):
+        run_fit(tmp_path, steps=60, checkpoint_every=100, add=functools.partial(spoil, steps=bad))
+    frame = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(frame["step"]) == list(range(1, 26))
+    skipped = list(frame["step"][frame["skipped"] == 1])
+    assert skipped == sorted(bad)[: len(skipped)] and frame["loss"].isna().sum() == len(skipped)
+    assert not (tmp_path / "params").exists()
