@@ -103,6 +103,9 @@ def llama3_8b() -> c.MTLLM:
     return dataclasses.replace(
         tiny,
         name="llama3-8b",
+        text=None,
+        mini_nllb=None,
+        mini_llama=None,
         lora=c.LoRA(rank=16, alpha=32, dropout=0.05, targets=("all",)),  # [code]
         trained="lora",  # [code]
         adaptation=c.Adaptation(

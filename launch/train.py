@@ -3,17 +3,16 @@
 The same command again goes on where it stopped; on a finished run it prints the table.
 """
 
-import contextlib
 import importlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from mtllm_jax import cli
 from mtllm_jax.config import MTLLM
-from mtllm_jax.runfolder import RunFolder
+from mtllm_jax.runfolder import RunFolder, finished_results
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run (runs/RECIPE-NAME)")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "load, check and step once; leave nothing behind")
@@ -29,28 +28,27 @@ def schema(values: Mapping[str, Any]) -> type:
     return RECIPES[recipe][0]
 
 
-def workdir(config: MTLLM) -> contextlib.AbstractContextManager[str]:
-    """The run's folder, or for a dry run one that is gone afterwards."""
-    if _DRY_RUN.value:
-        return tempfile.TemporaryDirectory(prefix="mtllm-dry-run-")
-    return contextlib.nullcontext(_WORKDIR.value or f"runs/{config.recipe}-{config.name}")
-
-
 def main(config: MTLLM) -> None:
     """Run the recipe in its folder, or show what a finished run found."""
-    with workdir(config) as path:
-        folder = RunFolder(path, cli.to_dict(config))
-        # Late, so that a mistake at the door is answered before anything heavy is imported.
-        from mtllm_jax.metrics import Console
-        from mtllm_jax.results import results_table
+    values = cli.to_dict(config)
+    path = _WORKDIR.value or f"runs/{config.recipe}-{config.name}"
+    results = None if _DRY_RUN.value else finished_results(path, values)
+    # Late, so that a mistake at the door is answered before anything heavy is imported.
+    from mtllm_jax.metrics import Console
+    from mtllm_jax.results import results_table
 
-        console = Console()
-        if folder.is_finished():
-            results = folder.read_json("results.json")
-            console.print(results_table(results, folder.path, console.width))
-            return
-        recipe = importlib.import_module(RECIPES[config.recipe][1])
-        recipe.run(config, folder, console, dry_run=_DRY_RUN.value)
+    console = Console()
+    if results is not None:
+        console.print(results_table(results, epath.Path(path), console.width))
+        return
+    recipe = importlib.import_module(RECIPES[config.recipe][1])
+    for sentence in recipe.idle_fields(config, cli.overridden()):
+        console.warn(sentence)
+    inputs = recipe.read_inputs(config)
+    if _DRY_RUN.value:
+        recipe.dry_run(config, inputs, console)
+    else:
+        recipe.run(config, inputs, RunFolder(path, values), console)
 
 
 if __name__ == "__main__":

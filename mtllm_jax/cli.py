@@ -44,7 +44,9 @@ from mtllm_jax.schema import (
     wanted,
 )
 
-__all__ = ["Interrupted", "graceful_stop", "quiet", "resolve", "run_main", "to_dict"]
+__all__ = [
+    "Interrupted", "graceful_stop", "overridden", "quiet", "resolve", "run_main", "to_dict",
+]  # fmt: skip
 
 Schema = Callable[[Mapping[str, Any]], type]
 
@@ -90,6 +92,11 @@ def run_main(
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def overridden() -> list[str]:
+    """Dotted names of the config's fields that the command line sets."""
+    return list(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def quiet() -> None:

@@ -32,11 +32,13 @@ class Training:
     schedule: Literal["linear", "cosine"] = "cosine"
     final_rate: float = 0.05  # learning rate at the last step, as a fraction of the peak
     weight_decay: float = 0.01  # on matrices; norms and biases are not decayed
+    adam_b2: float = 0.999  # decay of the second moment
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
     accumulation: int = 1  # micro-batches a batch is cut into
     checkpoint_every: int = 200  # steps
 
-    def check(self, where: str) -> None:
+    def check(self, where: str, sides: tuple[str, ...]) -> None:
+        """Raise ValueError for what cannot be; `sides` are those that the stage reads."""
         require(self.steps >= 1, f"{where}.steps", self.steps, "at least 1")
         require(self.batch_rows >= 1, f"{where}.batch_rows", self.batch_rows, "at least 1")
         require(self.learning_rate > 0, f"{where}.learning_rate", self.learning_rate, "above 0")
@@ -51,11 +53,14 @@ class Training:
             self.accumulation,
             f"a divisor of batch_rows, {self.batch_rows}",
         )
+        for side in sides:
+            length = getattr(self, f"{side}_length")
+            require(length >= 4, f"{where}.{side}_length", length, "at least 4 tokens")
 
 
 @dataclass(frozen=True)
 class TextSizes:
-    """Rows drawn for the embedded text; names and their translations are always all there."""
+    """Rows of the embedded text; names and their translations are always all there."""
 
     train_pairs: int = 3000  # labelled English lists
     test_pairs: int = 300  # items of each test split
@@ -84,6 +89,10 @@ class MiniNLLB:
     subword_sampling: float  # sentencepiece's alpha; 0 = none
     samplings: int  # segmentations of each text
 
+    def check(self) -> None:
+        share = self.english_share
+        require(0 <= share < 1, "mini_nllb.english_share", share, "from 0 to below 1")
+
 
 @dataclass(frozen=True)
 class MiniLlama:
@@ -97,9 +106,19 @@ class MiniLlama:
     num_kv_heads: int
     ffn_width: int
 
+    def check(self) -> None:
+        require(
+            self.width % self.num_heads == 0,
+            "mini_llama.num_heads",
+            self.num_heads,
+            f"a divisor of width, {self.width}",
+        )
+
 
 @dataclass(frozen=True)
 class LoRA:
+    """Low-rank adapters of the LLM (where they are what learns) and of the MT encoder baseline."""
+
     rank: int
     alpha: float
     dropout: float
@@ -141,15 +160,23 @@ class TaskFiles:
     """A user's own task: JSONL, CSV, TSV or Parquet files with columns text, label, language."""
 
     train: str = ""  # English training rows; "" = the embedded task
-    test: str = ""  # rows to evaluate on, in any languages
+    test: str = ""  # rows to evaluate on; their languages are the ones evaluated
+    name: str = ""  # in tables and the report; "" = the training file's name
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """What the systems are compared on."""
+
     split: Literal["test", "dev"]  # of the embedded task; settings are chosen on dev
     batch_rows: int  # texts per forward pass
     max_length: int  # tokens of a text, both sides; longer ones are cut
     max_new_tokens: int  # of a translation
+
+    def check(self) -> None:
+        for name, least in (("batch_rows", 1), ("max_length", 4), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            require(value >= least, f"evaluation.{name}", value, f"at least {least}")
 
 
 @dataclass(frozen=True)
@@ -162,12 +189,13 @@ class MTLLM:
     encoder: str  # Hugging Face folder of the MT model; "" = train the mini NLLB
     llm: str  # Hugging Face folder of the LLM; "" = train the mini Llama
     english: str  # FLORES-200 code of the language the LLM is adapted and trained in
-    languages: tuple[str, ...]  # FLORES-200 codes evaluated beside English
+    languages: tuple[str, ...]  # FLORES-200 codes of the embedded text beside English
     adaptation_text: str  # English text for stage 1; "" = the embedded text
     task: TaskFiles
-    text: TextSizes
-    mini_nllb: MiniNLLB
-    mini_llama: MiniLlama
+    # None: these settings are for checkpoints, texts and tasks of the user's own.
+    text: TextSizes | None
+    mini_nllb: MiniNLLB | None
+    mini_llama: MiniLlama | None
     bidirectional: bool  # the LLM's attention in stages 1 and 2; as LLM2Vec makes it
     trained: Literal["lora", "all"]  # LLM weights that learn: adapters, or all (teacher: a copy)
     lora: LoRA
@@ -203,12 +231,16 @@ class MTLLM:
             bool(self.task.train) == bool(self.task.test),
             "task",
             dataclasses.asdict(self.task),
-            "either both files or neither",
+            "both files or neither",
         )
-        for name, size in dataclasses.asdict(self.text).items():
-            require(size >= 1, f"text.{name}", size, "at least 1")
+        if self.text is not None:
+            for name, size in dataclasses.asdict(self.text).items():
+                require(size >= 1, f"text.{name}", size, "at least 1")
+        for group in (self.mini_nllb, self.mini_llama, self.evaluation):
+            if group is not None:
+                group.check()
         for where, training in self.stages().items():
-            training.check(where)
+            training.check(where, SIDES[where])
         sizes = dataclasses.asdict(self.mesh)
         require(
             all(n >= 1 or n == -1 for n in sizes.values()) and list(sizes.values()).count(-1) <= 1,
@@ -220,13 +252,31 @@ class MTLLM:
         require(lora.rank >= 1, "lora.rank", lora.rank, "at least 1")
         require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "from 0 to below 1")
 
+    def uses_embedded_text(self) -> bool:
+        """Whether anything is trained or evaluated on the text that comes with this package."""
+        return not (self.encoder and self.llm and self.adaptation_text and self.task.train)
+
     def stages(self) -> dict[str, Training]:
-        """The trained stages' settings by dotted name."""
-        return {
-            "mini_nllb.training": self.mini_nllb.training,
-            "mini_llama.training": self.mini_llama.training,
+        """The settings of the stages that are trained, by dotted name and in their order."""
+        found: dict[str, Training] = {}
+        if self.mini_nllb is not None and not self.encoder:
+            found["mini_nllb.training"] = self.mini_nllb.training
+        if self.mini_llama is not None and not self.llm:
+            found["mini_llama.training"] = self.mini_llama.training
+        return found | {
             "adaptation.training": self.adaptation.training,
             "teacher": self.teacher,
             "distillation.training": self.distillation.training,
             "mt_encoder": self.mt_encoder,
         }
+
+
+# What each stage reads: texts as the MT encoder tokenises them, and as the LLM does.
+SIDES = {
+    "mini_nllb.training": ("source", "target"),
+    "mini_llama.training": ("target",),
+    "adaptation.training": ("source", "target"),
+    "teacher": ("target",),
+    "distillation.training": ("source",),
+    "mt_encoder": ("source",),
+}

@@ -31,7 +31,7 @@ class RunFolder:
         """
         self.path = epath.Path(path)
         self._lock: int | None = None
-        self._check_owner(config)
+        _is_run_of(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if _is_local(self.path):
@@ -42,7 +42,7 @@ class RunFolder:
             ) from None
         try:
             # Another process may have made the run between the first look and the lock.
-            if not self._check_owner(config):
+            if not _is_run_of(self.path, config):
                 self.write_json("config.json", config)
         except (OSError, ValueError):
             self.close()
@@ -58,11 +58,6 @@ class RunFolder:
         """The folder of one stage, made if it is not there."""
         return StageFolder(self.path / name)
 
-    def is_finished(self) -> bool:
-        """Whether the last two files of a run are there: its results, then its report."""
-        complete = (self.path / "results.json").exists() and (self.path / "report.html").exists()
-        return complete and bool(self.read_json("results.json").get("systems"))
-
     def read_json(self, name: str) -> Any:
         return read_json(self.path / name)
 
@@ -75,41 +70,16 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         write_text(self.path / name, text)
 
-    def _check_owner(self, config: Mapping[str, Any]) -> bool:
-        """Whether the folder holds this run; False if it is new, ValueError if it is another's."""
-        if not self.path.exists():
-            return False
-        if not self.path.is_dir():
-            raise ValueError(f"workdir {self.path} is a file; it must be a folder, or a new name.")
-        try:
-            names = [entry.name for entry in self.path.iterdir()]
-        except OSError as error:
-            raise ValueError(f"workdir {self.path} cannot be read: {error.strerror}.") from None
-        if "config.json" not in names:
-            # A process killed on its way in leaves its lock, and perhaps an unfinished file.
-            foreign = sorted(name for name in names if name != _LOCK and not _is_unfinished(name))
-            if foreign:
-                raise ValueError(
-                    f"workdir {self.path} holds {foreign[0]!r} but no config.json, so it is not a"
-                    " run; choose a new or empty folder with --workdir."
-                )
-            return False
-        differences = differing_fields(self.read_json("config.json"), _through_json(config))
-        if differences:
-            more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
-            raise ValueError(
-                f"workdir {self.path} holds a run of another config ("
-                f"{', '.join(differences[:6])}{more}); choose another --workdir, or go on with that"
-                f" run by --config={self.path / 'config.json'} --workdir={self.path}."
-            )
-        return True
-
 
 class StageFolder:
-    """The folder of one stage: its checkpoints, its metrics, and whether it is done."""
+    """The folder of one stage: its checkpoints, its metrics, and whether it is done.
+
+    notes: what the stage has to say of itself; goes into done.json.
+    """
 
     def __init__(self, path: epath.Path) -> None:
         self.path = path
+        self.notes: dict[str, Any] = {}
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         path.mkdir(parents=True, exist_ok=True)
@@ -118,12 +88,57 @@ class StageFolder:
         return (self.path / "done.json").exists()
 
     def finish(self, info: Mapping[str, Any]) -> None:
-        """Mark the stage as done, so that later starts skip it; `info` is kept for them."""
-        write_json(self.path / "done.json", info)
+        """Mark the stage as done, so that later starts skip it; `info` and the notes are kept."""
+        write_json(self.path / "done.json", {**info, **self.notes})
 
     def info(self) -> dict[str, Any]:
-        """What `finish` was given."""
+        """What `finish` was given, and the notes."""
         return dict(read_json(self.path / "done.json"))
+
+
+def finished_results(
+    path: os.PathLike[str] | str, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """results.json of the run in `path`; None while it is not finished, or not there at all.
+
+    Writes nothing. Raises ValueError as `RunFolder` does for a folder that cannot be this run's.
+    """
+    folder = epath.Path(path)
+    last = ("results.json", "report.html")
+    if not _is_run_of(folder, config) or not all((folder / name).exists() for name in last):
+        return None
+    results = read_json(folder / "results.json")
+    return results if results.get("systems") else None
+
+
+def _is_run_of(path: epath.Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this run; False if it is new, ValueError if it is another's."""
+    if not path.exists():
+        return False
+    if not path.is_dir():
+        raise ValueError(f"workdir {path} is a file; it must be a folder, or a new name.")
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except OSError as error:
+        raise ValueError(f"workdir {path} cannot be read: {error.strerror}.") from None
+    if "config.json" not in names:
+        # A process killed on its way in leaves its lock, and perhaps an unfinished file.
+        foreign = sorted(name for name in names if name != _LOCK and not _is_unfinished(name))
+        if foreign:
+            raise ValueError(
+                f"workdir {path} holds {foreign[0]!r} but no config.json, so it is not a"
+                " run; choose a new or empty folder with --workdir."
+            )
+        return False
+    differences = differing_fields(read_json(path / "config.json"), _through_json(config))
+    if differences:
+        more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise ValueError(
+            f"workdir {path} holds a run of another config ("
+            f"{', '.join(differences[:6])}{more}); choose another --workdir, or go on with that"
+            f" run by --config={path / 'config.json'} --workdir={path}."
+        )
+    return True
 
 
 def differing_fields(old: Any, new: Any) -> list[str]:

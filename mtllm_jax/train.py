@@ -149,7 +149,9 @@ def fit(
         rng=jax.random.key(seed),
     )
     state = sharding.place(state, mesh)
-    iterator = batches(rows(), batch_rows=config.batch_rows, seed=seed, add=add)
+    source = rows()
+    stage.notes |= {"rows": len(source), "bytes": _sizes(state, frozen)}
+    iterator = batches(source, batch_rows=config.batch_rows, seed=seed, add=add)
     step_fn = jax.jit(
         functools.partial(
             train_step, objective=objective, optimizer=optimizer, accumulation=config.accumulation
@@ -180,6 +182,14 @@ def fit(
                     raise Interrupted(f"{title}, step {step} of {config.steps}; saved.")
     save_params(params_folder, state.trainable)
     return state.trainable
+
+
+def _sizes(state: TrainState, frozen: Any) -> dict[str, int]:
+    """Bytes of what a stage holds, over all devices together."""
+    trees = {"frozen": frozen, "trained": state.trainable, "optimizer": state.opt_state}
+    return {
+        name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for name, tree in trees.items()
+    }
 
 
 class _Log:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtllm_jax import runfolder
-from mtllm_jax.runfolder import RunFolder, differing_fields
+from mtllm_jax.runfolder import RunFolder, differing_fields, finished_results
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"seed": 0, "model": {"width": 8, "layers": 2}, "languages": ["deu_Latn"]}
@@ -41,14 +41,18 @@ def test_a_run_is_made_found_again_and_keeps_what_was_written(tmp_path):
 
 
 def test_finished_means_results_and_report(tmp_path):
+    assert finished_results(tmp_path / "run", CONFIG) is None and not any(tmp_path.iterdir())
     folder = RunFolder(tmp_path, CONFIG)
-    assert not folder.is_finished()
-    folder.write_json("results.json", {"systems": {"mt_llm": {"mean": 0.9}}})
-    assert not folder.is_finished()
+    results = {"systems": {"mt_llm": {"mean": 0.9}}}
+    assert finished_results(tmp_path, CONFIG) is None
+    folder.write_json("results.json", results)
+    assert finished_results(tmp_path, CONFIG) is None
     folder.write_text("report.html", "<p>")
-    assert folder.is_finished()
+    assert finished_results(tmp_path, CONFIG) == results
+    with pytest.raises(ValueError, match="seed 0 → 1"):
+        finished_results(tmp_path, CONFIG | {"seed": 1})
     folder.write_json("results.json", {"systems": {}})
-    assert not folder.is_finished()
+    assert finished_results(tmp_path, CONFIG) is None
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):

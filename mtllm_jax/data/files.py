@@ -201,6 +201,8 @@ def _check_columns(names: Collection[str], required: Sequence[str], where: str) 
 
 
 def _check_language(code: str, allowed: Sequence[str], where: str) -> None:
+    if len(allowed) == 1 and code not in allowed:
+        raise ValueError(f"{where}: the language is {formats.show(code)}, it must be {allowed[0]}.")
     try:
         check_language(code, allowed)
     except ValueError as error:

@@ -168,6 +168,7 @@ class _Tokenizer:
         self._tokenizer = _load(self._folder, **options)
         self._backend = self._tokenizer.backend_tokenizer
         self._lock = threading.Lock()  # truncation is a state of the backend
+        self.unk_id: int | None = self._tokenizer.unk_token_id
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._folder,)
@@ -181,6 +182,10 @@ class _Tokenizer:
         """Text of each row of token ids, without special tokens."""
         listed = [np.asarray(row).tolist() for row in rows]
         return self._tokenizer.batch_decode(listed, skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """What each token id stands for, special tokens among them."""
+        return self._tokenizer.convert_ids_to_tokens(np.asarray(ids).tolist())
 
     def _encode(
         self, texts: Sequence[str], text_pairs: Sequence[str] | None, max_length: int | None

@@ -2,15 +2,14 @@
 
 import contextlib
 import dataclasses
+import resource
 import time
 import zlib
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 
-from mtllm_jax import sharding
-from mtllm_jax.config import Mesh
 from mtllm_jax.metrics import Console, duration
 from mtllm_jax.runfolder import RunFolder, StageFolder
 
@@ -19,20 +18,24 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass
 class Job(Generic[Config]):
-    """One run. `seconds` fills up with what each stage took."""
+    """One run. `stages` fills up with what each stage's done.json says: "seconds" and more."""
 
     config: Config
     run: RunFolder
     console: Console
     mesh: jax.sharding.Mesh
     seed: int
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    @classmethod
-    def start(cls, config, run: RunFolder, console: Console) -> "Job[Config]":
-        """Build the mesh of `config.mesh` over all devices."""
-        mesh_config: Mesh = config.mesh
-        return cls(config, run, console, sharding.make_mesh(mesh_config), config.seed)
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each stage took."""
+        return {name: done["seconds"] for name, done in self.stages.items()}
+
+    @property
+    def peak_memory_gb(self) -> float:
+        """The most memory that a process of this run held, in 10⁹ bytes, by the end of a stage."""
+        return max(done["peak_memory_gb"] for done in self.stages.values())
 
     def stage_seed(self, name: str) -> int:
         """A seed of its own for each stage and seed of the run, the same on every machine."""
@@ -47,12 +50,18 @@ class Job(Generic[Config]):
         """
         folder = self.run.stage(name)
         if folder.is_done():
-            self.seconds[name] = folder.info()["seconds"]
+            self.stages[name] = folder.info()
             self.console.print(f"✓ {title}  done before, in {duration(self.seconds[name])}")
             yield folder
             return
         started = time.monotonic()
         with self.console.stage(title):
             yield folder
-        self.seconds[name] = round(time.monotonic() - started, 2)
-        folder.finish({"seconds": self.seconds[name]})
+        seconds = round(time.monotonic() - started, 2)
+        folder.finish({"seconds": seconds, "peak_memory_gb": round(_peak_memory() / 1e9, 3)})
+        self.stages[name] = folder.info()
+
+
+def _peak_memory() -> int:
+    """Bytes of main memory that this process held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

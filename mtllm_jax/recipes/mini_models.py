@@ -39,6 +39,7 @@ from mtllm_jax.train import Objective, fit
 def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
     """Train the encoder–decoder on the embedded parallel names; returns its folder."""
     config, seed = job.config.mini_nllb, job.stage_seed("mini_nllb")
+    assert config is not None  # the door asks for a folder then
     with job.stage("mini_nllb", "mini NLLB, X → English") as stage:
         folder = Path(stage.path / "model")
         if folder.exists():
@@ -172,6 +173,7 @@ def decoder_inputs(labels_BT: Array, segments_BT: Array, eos_id: int) -> Array:
 def mini_llama(job: Job[MTLLM], text: TextDataset) -> Path:
     """Train the causal LLM on the embedded English text; returns its folder."""
     config, seed = job.config.mini_llama, job.stage_seed("mini_llama")
+    assert config is not None  # the door asks for a folder then
     with job.stage("mini_llama", "mini Llama, English") as stage:
         folder = Path(stage.path / "model")
         if folder.exists():

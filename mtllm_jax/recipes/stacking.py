@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax import Array
 
+from mtllm_jax.checkpoint import load_params
 from mtllm_jax.config import MTLLM, Training
 from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import add_by_example
@@ -44,14 +46,11 @@ class Parts:
 
 
 def load_parts(config: MTLLM, encoder_folder: Path, llm_folder: Path) -> Parts:
-    """Both models and tokenizers. ValueError if a language has no code in the vocabulary."""
-    source = SourceTokenizer(encoder_folder)
-    for code in (config.english, *config.languages):
-        source.language_id(code)
+    """Both models and tokenizers."""
     options = {"remat": config.remat, "unroll_layers": config.unroll_layers}
     dtype = jnp.dtype(config.frozen_dtype)
     return Parts(
-        source=source,
+        source=SourceTokenizer(encoder_folder),
         target=TargetTokenizer(llm_folder),
         encoder=load_nllb(encoder_folder, with_decoder=False, dtype=dtype, **options),
         llm=load_llama(llm_folder, dtype=dtype, **options),
@@ -137,46 +136,47 @@ def adaptation_objective(
     return objective
 
 
+def adaptation_rows(config: MTLLM, parts: Parts, english: Sequence[str], seed: int) -> Rows:
+    """English texts as both sides tokenise them, the encoder's in `samplings` segmentations."""
+    training = config.adaptation.training
+    targets = parts.target.encode(english, max_length=training.target_length)
+    texts = []
+    for sampling in range(config.adaptation.samplings):
+        sources = parts.source.encode(
+            english,
+            config.english,
+            sampling_alpha=config.adaptation.subword_sampling or None,
+            seed=seed + sampling,
+            max_length=training.source_length,
+        )
+        texts += [
+            {"source": source, "target": target}
+            for source, target in zip(sources, targets, strict=True)
+        ]
+    order = np.random.default_rng(seed).permutation(len(texts))
+    return pack(
+        [texts[i] for i in order],
+        {"source": training.source_length, "target": training.target_length},
+        {"source": parts.source.pad_id, "target": parts.target.pad_id},
+        packing=training.packing,
+    )
+
+
 def general_adaptation(job: Job[MTLLM], parts: Parts, english: Sequence[str]) -> nnx.State:
     """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained."""
     config, seed = job.config, job.stage_seed("adaptation")
-    training = config.adaptation.training
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
         stack = build_stack(config, parts, seed)
         graph, trainable, frozen = nnx.split(stack, is_trained(config), ...)
         teacher_graph, teacher = nnx.split(parts.llm)
-
-        def rows() -> Rows:
-            targets = parts.target.encode(english, max_length=training.target_length)
-            texts = []
-            for sampling in range(config.adaptation.samplings):
-                sources = parts.source.encode(
-                    english,
-                    config.english,
-                    sampling_alpha=config.adaptation.subword_sampling or None,
-                    seed=seed + sampling,
-                    max_length=training.source_length,
-                )
-                texts += [
-                    {"source": source, "target": target}
-                    for source, target in zip(sources, targets, strict=True)
-                ]
-            order = np.random.default_rng(seed).permutation(len(texts))
-            return pack(
-                [texts[i] for i in order],
-                {"source": training.source_length, "target": training.target_length},
-                {"source": parts.source.pad_id, "target": parts.target.pad_id},
-                packing=training.packing,
-            )
-
         return fit(
             stage,
             "stage 1",
-            training,
+            config.adaptation.training,
             objective=adaptation_objective(config, graph, teacher_graph),
             trainable=trainable,
             frozen={"stack": frozen, "teacher": teacher},
-            rows=rows,
+            rows=lambda: adaptation_rows(config, parts, english, seed),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
@@ -192,6 +192,12 @@ class LLMClassifier(nnx.Module):
     def __init__(self, llm: Llama, head: Linear):
         self.llm = llm
         self.head = head
+
+
+def new_teacher(config: MTLLM, parts: Parts, num_classes: int, seed: int) -> LLMClassifier:
+    """The LLM with what it may learn and a fresh head, as stage 2a starts."""
+    head = classification_head(parts.llm.config.width, num_classes, nnx.Rngs(seed))
+    return LLMClassifier(with_adapters(config, parts.llm, seed + 1), head)
 
 
 def teacher_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
@@ -219,8 +225,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClas
     config, seed = job.config, job.stage_seed("teacher")
     training = config.teacher
     with job.stage("teacher", "stage 2a, the task's English teacher") as stage:
-        head = classification_head(parts.llm.config.width, len(task.labels), nnx.Rngs(seed))
-        model = LLMClassifier(with_adapters(config, parts.llm, seed + 1), head)
+        model = new_teacher(config, parts, len(task.labels), seed)
         graph, trainable, frozen = nnx.split(model, is_trained(config), ...)
         trained = fit(
             stage,
@@ -297,12 +302,10 @@ def task_distillation(
     config, seed = job.config, job.stage_seed("distillation")
     training = config.distillation.training
     with job.stage("distillation", "stage 2b, task distillation") as stage:
-        stack = build_stack(config, parts, job.stage_seed("adaptation"))
-        graph, _, frozen = nnx.split(stack, is_trained(config), ...)
+        stack = with_trained(config, build_stack(config, parts, seed), adapted)
         if config.distillation.start == "stage1+teacher":
-            stack = nnx.merge(graph, adapted, frozen)
             add_difference(stack.llm, teacher.llm, parts.llm)
-            graph, adapted, frozen = nnx.split(stack, is_trained(config), ...)
+        graph, trainable, frozen = nnx.split(stack, is_trained(config), ...)
 
         def rows() -> Rows:
             sources = parts.source.encode(
@@ -315,7 +318,7 @@ def task_distillation(
             "stage 2b",
             training,
             objective=distillation_objective(config, graph),
-            trainable=adapted,
+            trainable=trainable,
             frozen=frozen,
             rows=rows,
             mesh=job.mesh,
@@ -324,6 +327,27 @@ def task_distillation(
             add=add_by_example({"teacher": _teacher_vectors(job, stage, parts, task, teacher)}),
         )
         return StackClassifier(nnx.merge(graph, trained, frozen), teacher.head)
+
+
+def with_trained(config: MTLLM, model: Any, trained: nnx.State) -> Any:
+    """The model with `trained` in the place of what learns."""
+    graph, _, frozen = nnx.split(model, is_trained(config), ...)
+    return nnx.merge(graph, trained, frozen)
+
+
+def load_student(run: epath.Path, config: MTLLM, parts: Parts, num_classes: int) -> StackClassifier:
+    """What stage 2b of a run ended with. ValueError for weights that are missing or damaged."""
+
+    def trained(model: Any, stage: str) -> Any:
+        _, fresh, _ = nnx.split(model, is_trained(config), ...)
+        return with_trained(config, model, load_params(run / stage / "params", fresh))
+
+    teacher = trained(new_teacher(config, parts, num_classes, seed=0), "teacher")
+    stack = build_stack(config, parts, seed=0)
+    if config.distillation.start == "stage1+teacher":
+        # For the frozen weights' sake, beside adapters: what learnt is read in the next line.
+        add_difference(stack.llm, teacher.llm, parts.llm)
+    return StackClassifier(trained(stack, "distillation"), teacher.head)
 
 
 def add_difference(student: Llama, tuned: Llama, base: Llama) -> None:

@@ -1,0 +1,193 @@
+"""A run in a minute that leaves nothing behind: what is read, a step of each stage, what it costs.
+
+The same stages as the run itself, on a part of its texts.
+"""
+
+import collections
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mtllm_jax.config import MTLLM, TextSizes
+from mtllm_jax.metrics import Console
+from mtllm_jax.recipes import stacking
+from mtllm_jax.recipes.inputs import Inputs
+from mtllm_jax.recipes.job import Job
+from mtllm_jax.recipes.systems import Made, build_systems, train
+from mtllm_jax.runfolder import RunFolder
+from mtllm_jax.schema import to_dict
+from mtllm_jax.tasks.classification import Row
+
+_SIZES = TextSizes(
+    train_pairs=400,
+    test_pairs=100,
+    dev_pairs=100,
+    lists_per_language=100,
+    english=3000,
+    adaptation=1000,
+)
+_ROWS_PER_LANGUAGE = 100  # tokenised, to count what the vocabularies lack
+_ANSWERED_PER_LANGUAGE = 2  # by each system
+_SHOWN_TEXTS = 3
+_SHOWN_TOKENS = 24
+
+Group = TypeVar("Group")
+
+
+def dry_run(config: MTLLM, inputs: Inputs, console: Console) -> None:
+    """Take one step of each stage in a folder that is gone afterwards, and print what was seen."""
+    small = reduced(config)
+    if inputs.adaptation_text is not None:
+        texts = inputs.adaptation_text[: _SIZES.adaptation]
+        inputs = dataclasses.replace(inputs, adaptation_text=texts)
+    with tempfile.TemporaryDirectory(prefix="mtllm-dry-run-") as path:
+        job = Job(small, RunFolder(path, to_dict(small)), console, inputs.mesh, small.seed)
+        made = train(job, inputs)
+        with job.stage("evaluation", "evaluation of a few rows"):
+            rows = _per_language(_test_rows(made), _ANSWERED_PER_LANGUAGE)
+            answers = {name: predict(rows) for name, predict in build_systems(job, made).items()}
+        job.run.close()
+    _show_stage_1(small, made, console)
+    _show_task(config, made, answers, rows, console)
+    _show_vocabularies(config, made, console)
+    _show_cost(job, console)
+    console.print("Nothing was kept. Without --dry_run the same command runs all of it.")
+
+
+def reduced(config: MTLLM) -> MTLLM:
+    """The same models, batches and lengths, one step each, and less of the embedded text."""
+
+    def one_step(group: Group) -> Group:
+        """`group` with steps=1 in it and below."""
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(group):  # type: ignore[arg-type]
+            value = getattr(group, field.name)
+            if field.name == "steps":
+                changes["steps"] = 1
+            elif field.name == "samplings":
+                changes["samplings"] = 1
+            elif dataclasses.is_dataclass(value):
+                changes[field.name] = one_step(value)
+        return dataclasses.replace(group, **changes)  # type: ignore[type-var]
+
+    text = config.text and TextSizes(
+        **{
+            name: min(size, getattr(_SIZES, name))
+            for name, size in dataclasses.asdict(config.text).items()
+        }
+    )
+    return dataclasses.replace(one_step(config), text=text)
+
+
+def _test_rows(made: Made) -> list[Row]:
+    return list(itertools.chain.from_iterable(made.task.tests.values()))
+
+
+def _per_language(rows: Iterable[Row], count: int) -> list[Row]:
+    """The first `count` rows of each language."""
+    seen: collections.Counter[str] = collections.Counter()
+    chosen = []
+    for row in rows:
+        seen[row["language"]] += 1
+        if seen[row["language"]] <= count:
+            chosen.append(row)
+    return chosen
+
+
+def _show_stage_1(config: MTLLM, made: Made, console: Console) -> None:
+    """One packed row of English text, on both sides, and its first texts as pieces."""
+    texts = made.english[:200]
+    rows = stacking.adaptation_rows(config, made.parts, texts, config.seed)
+    console.print("\nStage 1, the first row of English text", style="bold")
+    for side, tokenizer in (("source", made.parts.source), ("target", made.parts.target)):
+        ids, segments = rows.arrays[f"{side}_ids"][0], rows.arrays[f"{side}_segments"][0]
+        reader = "MT encoder" if side == "source" else "LLM"
+        console.print(
+            f"  {reader}: {len(ids)} positions, {segments.max()} texts (segment 0 is padding,"
+            f" masked; {rows.fill[side]:.0%} of all positions are filled)"
+        )
+        console.print(f"    ids       {_listed(ids)}")
+        console.print(f"    segments  {_listed(segments)}")
+        for segment in range(1, min(segments.max(), _SHOWN_TEXTS) + 1):
+            pieces = " ".join(tokenizer.pieces(ids[segments == segment]))
+            console.print(f"    text {segment}    {pieces}")
+
+
+def _show_task(
+    config: MTLLM,
+    made: Made,
+    answers: dict[str, list[str]],
+    rows: Sequence[Row],
+    console: Console,
+) -> None:
+    """Training and test rows with their tokens, and what the untrained systems say to them."""
+    task, source = made.task, made.parts.source
+    console.print(f"\nTask: {task.name}", style="bold")
+    console.print(f"  labels    {', '.join(task.labels)}")
+    for row in task.train[:_SHOWN_TEXTS]:
+        _show_row("train", row, source.encode([row["text"]], row["language"])[0], console)
+    foreign = [i for i, row in enumerate(rows) if row["language"] != config.english]
+    for i in foreign[:_SHOWN_TEXTS]:
+        row = rows[i]
+        _show_row("test", row, source.encode([row["text"]], row["language"])[0], console)
+        said = ", ".join(f"{name} {answer[i]}" for name, answer in answers.items())
+        console.print(f"            after one step: {said}")
+
+
+def _show_row(kind: str, row: Row, ids: np.ndarray, console: Console) -> None:
+    console.print(f"  {kind:<8}  {row['language']}  {row['text']!r} → {row['label']}")
+    console.print(f"    ids       {_listed(ids)}")
+
+
+def _show_vocabularies(config: MTLLM, made: Made, console: Console) -> None:
+    """What the tokenizers make of each language: long, unknown or cut texts show here."""
+    limit, source, target = config.evaluation.max_length, made.parts.source, made.parts.target
+    by_language = collections.defaultdict(list)
+    for row in _test_rows(made):
+        by_language[row["language"]].append(row["text"])
+    table = []
+    for code, texts in by_language.items():
+        sample = texts[:_ROWS_PER_LANGUAGE]
+        read = source.encode(sample, code)
+        tokens = np.concatenate(read)
+        table.append(
+            (
+                code,
+                len(texts),
+                f"{len(tokens) / len(sample):.1f}",
+                f"{np.mean(tokens == source.unk_id):.1%}",
+                f"{np.mean([len(ids) > limit for ids in read]):.1%}",
+                f"{np.mean([len(ids) for ids in target.encode(sample)]):.1f}",
+            )
+        )
+    columns = ("test rows", "rows", "tokens a text", "unknown", "cut", "LLM tokens a text")
+    console.table(columns, table, title="Languages as the tokenizers read them")
+
+
+def _show_cost(job: Job[MTLLM], console: Console) -> None:
+    rows = []
+    for name, done in job.stages.items():
+        held = done.get("bytes", {})
+        sizes = [_megabytes(held[part]) if held else "" for part in _HELD]
+        rows.append((name, f"{done['seconds']:.1f}", *sizes, f"{done['peak_memory_gb']:.2f}"))
+    console.table(
+        ("stage", "seconds", *(f"{part}, MB" for part in _HELD), "peak so far, GB"),
+        rows,
+        title="One step of each stage, compilation included; bytes over all devices",
+    )
+
+
+_HELD = ("frozen", "trained", "optimizer")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f}"
+
+
+def _listed(numbers: np.ndarray) -> str:
+    shown = " ".join(str(number) for number in numbers[:_SHOWN_TOKENS])
+    return shown + (" …" if len(numbers) > _SHOWN_TOKENS else "")

@@ -1,0 +1,203 @@
+"""What a run of MT-LLM reads: opened and checked at the door, before anything is written."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from mtllm_jax import sharding
+from mtllm_jax.config import MTLLM, SIDES
+from mtllm_jax.data.babel import check_languages
+from mtllm_jax.data.files import label_names, read_rows, read_texts
+from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer
+from mtllm_jax.hf.llama import check_llama
+from mtllm_jax.hf.nllb import check_nllb
+from mtllm_jax.languages import ENGLISH, check_language
+from mtllm_jax.models import lora
+from mtllm_jax.models.llama import Llama, LlamaConfig
+from mtllm_jax.tasks.classification import Classification
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The devices, and what the user brought: None where the embedded text is taken."""
+
+    mesh: jax.sharding.Mesh
+    task: Classification | None
+    adaptation_text: Sequence[str] | None
+
+
+def read_inputs(config: MTLLM) -> Inputs:
+    """Open all that the config names, the cheapest first.
+
+    Raises ValueError, naming the field and where there is one the file and the line, for whatever
+    would stop a stage later: devices, model folders, tokenizers, languages, rows and texts. Reads
+    no weights and writes nothing.
+    """
+    _check_sources(config)
+    mesh = sharding.make_mesh(config.mesh)
+    for where, training in config.stages().items():
+        sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows")
+    sharding.check_rows(config.evaluation.batch_rows, mesh, "evaluation.batch_rows")
+    if config.trained == "lora":
+        _check_lora_targets(config)
+    if config.llm:
+        _check_llm(config)
+    readable = _check_encoder(config) if config.encoder else (config.english, *config.languages)
+    if config.uses_embedded_text():
+        with _field("languages"):
+            check_languages(config.languages)
+    if not config.task.train:
+        with _field("languages"):
+            for code in config.languages:
+                check_language(code, readable)
+    return Inputs(
+        mesh=mesh,
+        task=read_task(config, readable) if config.task.train else None,
+        adaptation_text=_read_adaptation_text(config) if config.adaptation_text else None,
+    )
+
+
+def read_task(config: MTLLM, readable: Sequence[str]) -> Classification:
+    """The user's own task. readable: the languages that its test rows may be in."""
+    columns = {"text": str, "label": str, "language": str}
+    files, english = config.task, config.english
+    with _field("task.train"):
+        train = read_rows(
+            files.train, columns=columns, defaults={"language": english}, languages=(english,)
+        )
+        labels = label_names(train)
+        if len(labels) < 2:
+            raise ValueError(f"{files.train} holds one label alone, {labels[0]!r}")
+    with _field("task.test"):
+        test = read_rows(files.test, columns=columns, labels=labels, languages=readable)
+        if all(row["language"] == english for row in test):
+            raise ValueError(
+                f"{files.test} holds rows in {english} alone; what is evaluated are other languages"
+            )
+    for name, rows in (("task.train", train), ("task.test", test)):
+        if "text_pair" in rows[0]:
+            raise ValueError(
+                f"config.{name}: {getattr(files, name[5:])} has a column 'text_pair'; a task of"
+                " classification is about single texts."
+            )
+    return Classification(files.name or Path(files.train).name.split(".")[0], train, {"test": test})
+
+
+def idle_fields(config: MTLLM, given: Iterable[str]) -> list[str]:
+    """A sentence for each of the `given` fields (dotted) that has no effect in this config."""
+    reasons = {
+        f"{where}.{side}_length": f"this stage reads no {side} side"
+        for where, sides in SIDES.items()
+        for side in ("source", "target")
+        if side not in sides
+    }
+    if config.encoder:
+        reasons["mini_nllb"] = "config.encoder names the model"
+    if config.llm:
+        reasons["mini_llama"] = "config.llm names the model"
+    if not config.uses_embedded_text():
+        reasons["text"] = "models, texts and task are your own"
+    if config.task.train:
+        reasons["evaluation.split"] = "config.task.test is what is evaluated"
+        if config.encoder:
+            reasons["languages"] = "the languages evaluated are those of config.task.test"
+    else:
+        reasons["task.name"] = "config.task.train is not given"
+    if config.trained == "all":
+        reasons["lora.targets"] = "config.trained is 'all'"
+    found = {
+        name: reason
+        for idle, reason in reasons.items()
+        for name in given
+        if f"{name}.".startswith(f"{idle}.")
+    }
+    return [f"config.{name} has no effect: {reason}." for name, reason in found.items()]
+
+
+@contextlib.contextmanager
+def _field(name: str) -> Iterator[None]:
+    """Put the field's name before what was wrong with its value."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"config.{name}: {str(error).rstrip('.')}.") from None
+
+
+def _check_sources(config: MTLLM) -> None:
+    """Everything is either named by the user or made here; some settings make nothing here."""
+    for field, given, own, what in (
+        ("encoder", config.encoder, config.mini_nllb, "the Hugging Face folder of an NLLB model"),
+        ("llm", config.llm, config.mini_llama, "the Hugging Face folder of an LLM"),
+        ("adaptation_text", config.adaptation_text, config.text, "a file of English texts"),
+        ("task.train", config.task.train, config.text, "a file of labelled English texts"),
+    ):
+        if not given and own is None:
+            raise ValueError(
+                f"config.{field} is ''; the settings {config.name} are for real models and data,"
+                f" so it must name {what}."
+            )
+    if config.uses_embedded_text():
+        if config.text is None:
+            raise ValueError(
+                "config.text is none; a mini model is to be trained, which needs the embedded text."
+            )
+        if config.english != ENGLISH:
+            raise ValueError(
+                f"config.english is {config.english!r}; with the embedded text it must be"
+                f" {ENGLISH!r}."
+            )
+
+
+def _check_lora_targets(config: MTLLM) -> None:
+    # Names do not depend on sizes, so the smallest model answers for all.
+    smallest = LlamaConfig(4, 4, 1, 1, 1, 4, 4)
+
+    def attach() -> None:
+        lora.attach(
+            Llama(smallest, nnx.Rngs(0)),
+            rank=1,
+            alpha=1,
+            dropout=0,
+            targets=config.lora.targets,
+            rngs=nnx.Rngs(0),
+        )
+
+    with _field("lora.targets"):
+        nnx.eval_shape(attach)
+
+
+def _check_llm(config: MTLLM) -> None:
+    with _field("llm"):
+        sizes = check_llama(config.llm)
+        _check_vocabulary(config.llm, TargetTokenizer(config.llm).vocab_size, sizes.vocab_size)
+
+
+def _check_encoder(config: MTLLM) -> tuple[str, ...]:
+    """Returns the languages in the encoder's vocabulary."""
+    with _field("encoder"):
+        sizes = check_nllb(config.encoder)
+        tokenizer = SourceTokenizer(config.encoder)
+        _check_vocabulary(config.encoder, tokenizer.vocab_size, sizes.vocab_size)
+    with _field("english"):
+        tokenizer.language_id(config.english)
+    if alpha := config.adaptation.subword_sampling:
+        with _field("adaptation.subword_sampling"):
+            tokenizer.encode(["a"], config.english, sampling_alpha=alpha)
+    return tokenizer.languages
+
+
+def _check_vocabulary(folder: str, num_tokens: int, num_rows: int) -> None:
+    if num_tokens > num_rows:
+        raise ValueError(
+            f"{folder}: its tokenizer has {num_tokens} tokens and its model embeds {num_rows}"
+        )
+
+
+def _read_adaptation_text(config: MTLLM) -> Sequence[str]:
+    with _field("adaptation_text"):
+        texts = read_texts(config.adaptation_text)
+    return [texts[i] for i in range(len(texts))]

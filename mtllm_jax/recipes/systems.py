@@ -1,0 +1,156 @@
+"""From what the user names, or from nothing, to the four systems that are compared.
+
+D width, C classes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtllm_jax.config import MTLLM
+from mtllm_jax.data.babel_tfds import TextDataset, build_text
+from mtllm_jax.decode import translate
+from mtllm_jax.evaluation import Predict
+from mtllm_jax.hf.nllb import load_nllb
+from mtllm_jax.inference import Vectors
+from mtllm_jax.models.layers import Linear
+from mtllm_jax.recipes import mini_models, stacking
+from mtllm_jax.recipes.inputs import Inputs
+from mtllm_jax.recipes.job import Job
+from mtllm_jax.runfolder import RunFolder
+from mtllm_jax.tasks.classification import Classification, Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What the stages of a run end with."""
+
+    encoder_folder: Path
+    parts: stacking.Parts
+    task: Classification
+    english: Sequence[str]  # texts of stage 1
+    teacher: stacking.LLMClassifier
+    student: stacking.StackClassifier
+    mt_encoder: stacking.EncoderClassifier
+
+
+def train(job: Job[MTLLM], inputs: Inputs) -> Made:
+    """All stages up to the systems; the embedded text and models only where nothing is given."""
+    config = job.config
+    text = functools.cache(lambda: embedded_text(job))
+    task = inputs.task or embedded_task(text(), config.evaluation.split)
+    english = inputs.adaptation_text or [row["text"] for row in text()["adaptation"]]
+    encoder_folder = Path(config.encoder or mini_models.mini_nllb(job, text()))
+    llm_folder = Path(config.llm or mini_models.mini_llama(job, text()))
+    describe_model(job.run, task, encoder_folder, llm_folder)
+    parts = stacking.load_parts(config, encoder_folder, llm_folder)
+    adapted = stacking.general_adaptation(job, parts, english)
+    teacher = stacking.task_teacher(job, parts, task)
+    student = stacking.task_distillation(job, parts, task, adapted, teacher)
+    mt_encoder = stacking.mt_encoder_baseline(job, parts, task)
+    return Made(encoder_folder, parts, task, english, teacher, student, mt_encoder)
+
+
+def embedded_text(job: Job[MTLLM]) -> TextDataset:
+    """The text that comes with the package, made in the run folder."""
+    config = job.config
+    with job.stage("text", "text") as stage:
+        text = build_text(
+            stage.path,
+            languages=config.languages,
+            seed=job.stage_seed("text"),
+            sizes=config.text,
+        )
+        job.run.write_json("text.json", text.describe())
+    return text
+
+
+def describe_model(run: RunFolder, task: Classification, encoder: Path, llm: Path) -> None:
+    """Write model.json: what, beside config.json, it takes to use the run's weights.
+
+    Folders inside the run are written relative to it, so that it can be moved.
+    """
+    inside = Path(run.path).absolute()
+    folders = {
+        name: str(path.relative_to(inside) if path.is_relative_to(inside) else path)
+        for name, path in (("encoder", encoder.absolute()), ("llm", llm.absolute()))
+    }
+    run.write_json("model.json", {"task": task.name, "labels": task.labels, **folders})
+
+
+def embedded_task(text: TextDataset, split: str) -> Classification:
+    """Region of a short list of names, labelled in English alone."""
+
+    def rows(name: str) -> list[Row]:
+        return [
+            {
+                "id": str(row["id"]),
+                "text": row["text"],
+                "language": row["language"],
+                "label": text.labels[row["label"]],
+            }
+            for row in text[name]
+        ]
+
+    tests = {test: rows(f"{split}_{test}") for test in ("seen", "unseen")}
+    return Classification("region of a list of names", rows("task_train"), tests)
+
+
+def labels_by(run: Vectors, head: Linear, labels: Sequence[str]) -> Callable[..., list[str]]:
+    """Tokens → the label whose column of the head scores highest."""
+    kernel_DC = np.asarray(head.kernel[...], np.float32)
+    return lambda tokens: [labels[i] for i in np.argmax(run(tokens) @ kernel_DC, axis=1)]
+
+
+def build_systems(job: Job[MTLLM], made: Made) -> dict[str, Predict]:
+    """The systems by their names in results.json, each a function from rows to labels."""
+    parts, task = made.parts, made.task
+    config, limits = job.config, job.config.evaluation
+
+    def runner(forward_and_state: Any, pad_id: int) -> Vectors:
+        return Vectors(
+            *forward_and_state, pad_id=pad_id, batch_rows=limits.batch_rows, mesh=job.mesh
+        )
+
+    def source_tokens(rows: Sequence[Row]) -> list[np.ndarray]:
+        languages = [row["language"] for row in rows]
+        texts = [row["text"] for row in rows]
+        return parts.source.encode(texts, languages, max_length=limits.max_length)
+
+    def llm_tokens(texts: Sequence[str]) -> list[np.ndarray]:
+        return parts.target.encode(texts, max_length=limits.max_length)
+
+    stack_run = runner(stacking.stack_forward(config, made.student), parts.source.pad_id)
+    llm_run = runner(stacking.llm_forward(config, made.teacher), parts.target.pad_id)
+    encoder_run = runner(stacking.encoder_forward(config, made.mt_encoder), parts.source.pad_id)
+    by_stack = labels_by(stack_run, made.student.head, task.labels)
+    by_llm = labels_by(llm_run, made.teacher.head, task.labels)
+    by_encoder = labels_by(encoder_run, made.mt_encoder.head, task.labels)
+    translator = load_nllb(made.encoder_folder, unroll_layers=config.unroll_layers)
+
+    def translate_test(rows: Sequence[Row]) -> list[str]:
+        texts = [row["text"] for row in rows]
+        foreign = [i for i, row in enumerate(rows) if row["language"] != config.english]
+        translated = translate(
+            translator,
+            parts.source,
+            [texts[i] for i in foreign],
+            [rows[i]["language"] for i in foreign],
+            config.english,
+            max_new_tokens=limits.max_new_tokens,
+            batch_size=limits.batch_rows,
+        )
+        for i, text in zip(foreign, translated, strict=True):
+            texts[i] = text
+        return by_llm(llm_tokens(texts))
+
+    return {
+        "mt_llm": lambda rows: by_stack(source_tokens(rows)),
+        "llm_zero_shot": lambda rows: by_llm(llm_tokens([row["text"] for row in rows])),
+        "mt_encoder": lambda rows: by_encoder(source_tokens(rows)),
+        "translate_test": translate_test,
+    }
