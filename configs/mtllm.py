@@ -39,24 +39,30 @@ def mini() -> c.MTLLM:
         text=c.TextSizes(),
         mini_nllb=c.MiniNLLB(
             training=c.Training(
-                steps=800, batch_rows=32, learning_rate=4e-3, source_length=64, target_length=48
+                steps=2000,
+                batch_rows=16,
+                learning_rate=4e-3,
+                source_length=64,
+                target_length=48,
+                adam_b2=0.98,
+                checkpoint_every=500,
             ),
-            vocab_size=6000,
+            vocab_size=12_000,
             width=128,
             num_heads=4,
             ffn_width=512,
             encoder_layers=2,
             decoder_layers=1,
             english_share=0.2,
-            noise_position=1.0,
-            noise_text=0.7,
-            memory_dropout=0.5,
+            noise_position=1.5,
+            noise_text=1.0,
+            memory_dropout=0.7,
             negatives=512,
-            subword_sampling=0.1,
-            samplings=2,
         ),
         mini_llama=c.MiniLlama(
-            training=c.Training(steps=300, batch_rows=32, learning_rate=4e-3, target_length=64),
+            training=c.Training(
+                steps=500, batch_rows=16, learning_rate=4e-3, target_length=64, adam_b2=0.98
+            ),
             vocab_size=1024,
             width=128,
             num_layers=2,
@@ -69,16 +75,22 @@ def mini() -> c.MTLLM:
         lora=c.LoRA(rank=16, alpha=32, dropout=0.0, targets=("all",)),
         adaptation=c.Adaptation(
             training=c.Training(
-                steps=700, batch_rows=16, learning_rate=5e-3, source_length=64, target_length=64
+                steps=2000,
+                batch_rows=8,
+                learning_rate=2e-3,
+                source_length=64,
+                target_length=64,
+                adam_b2=0.98,
+                checkpoint_every=500,
             ),
             noise_position=0.3,
             noise_text=0.4,
-            subword_sampling=0.1,
-            samplings=4,
         ),
         teacher=c.Training(steps=150, batch_rows=8, learning_rate=5e-4, target_length=64),
         distillation=c.Distillation(
-            training=c.Training(steps=450, batch_rows=16, learning_rate=2e-3, source_length=64),
+            training=c.Training(
+                steps=450, batch_rows=16, learning_rate=1e-3, source_length=64, adam_b2=0.98
+            ),
             start="stage1+teacher",
             noise_position=0.3,
             noise_text=0.4,

@@ -86,8 +86,6 @@ class MiniNLLB:
     noise_text: float  # the same, one draw per text
     memory_dropout: float  # fraction of encoder positions hidden from the decoder
     negatives: int  # pieces that never occur in targets, sampled per step into the softmax
-    subword_sampling: float  # sentencepiece's alpha; 0 = none
-    samplings: int  # segmentations of each text
 
     def check(self) -> None:
         share = self.english_share

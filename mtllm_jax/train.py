@@ -48,7 +48,9 @@ def make_optimizer(config: Training) -> optax.GradientTransformation:
     # Step 0 learns too: the ramp ends one step late rather than begin with a wasted update.
     ramp = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
     schedule = optax.join_schedules([ramp, decay], [warmup]) if warmup else decay
-    adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_matrix)
+    adamw = optax.adamw(
+        schedule, b2=config.adam_b2, weight_decay=config.weight_decay, mask=_is_matrix
+    )
     if config.clip_norm == 0:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
@@ -100,7 +102,7 @@ def train_step(
 
     count = terms["loss"][1]
     grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1).astype(g.dtype), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     sound = jnp.isfinite(norm) & (count > 0)

@@ -303,7 +303,7 @@ class BabelText:
         makers: dict[str, Callable[[np.random.Generator], Iterator[Row]]] = {
             "parallel": self._parallel,
             "english": lambda rng: self._english(self.sizes.english, (0.2, 0.3, 0.5), rng),
-            "adaptation": lambda rng: self._english(self.sizes.adaptation, (0.4, 0.4, 0.2), rng),
+            "adaptation": lambda rng: self._english(self.sizes.adaptation, (0.15, 0.65, 0.2), rng),
             "task_train": self._task_train,
         }
         rng = self._rng(f"rows of {split}")

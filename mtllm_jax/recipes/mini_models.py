@@ -48,7 +48,10 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
         languages = [job.config.english, *job.config.languages]
         tokenizer_folder = Path(stage.path / "tokenizer")
         if not tokenizer_folder.exists():
-            texts = [pair["text"] for pair in pairs] + [pair["english"] for pair in pairs]
+            # From names alone: learnt from lists too, pieces would cross the borders of names in
+            # the scripts that write without spaces.
+            names = [pair for pair in pairs if pair["kind"] == "name"]
+            texts = [name["text"] for name in names] + [name["english"] for name in names]
             train_nllb_tokenizer(texts, languages, config.vocab_size, tokenizer_folder)
         tokenizer = SourceTokenizer(tokenizer_folder)
         texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed)
@@ -99,7 +102,7 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
 def _translation_texts(
     pairs: Sequence[Any], tokenizer: SourceTokenizer, english: str, config: MiniNLLB, seed: int
 ) -> list[dict[str, np.ndarray]]:
-    """Every pair in `samplings` segmentations, and the wanted share of English → English."""
+    """Every pair, and the wanted share of English → English, shuffled."""
     by_language: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
     for pair in pairs:
         by_language[pair["language"]].append((pair["text"], pair["english"]))
@@ -110,18 +113,13 @@ def _translation_texts(
     texts = []
     for code, rows in by_language.items():
         targets = tokenizer.encode_target([row[1] for row in rows], english)
-        for sampling in range(config.samplings):
-            sources = tokenizer.encode(
-                [row[0] for row in rows],
-                code,
-                sampling_alpha=config.subword_sampling or None,
-                seed=seed + sampling,
-                max_length=config.training.source_length,
-            )
-            texts += [
-                {"source": source, "target": target[: config.training.target_length]}
-                for source, target in zip(sources, targets, strict=True)
-            ]
+        sources = tokenizer.encode(
+            [row[0] for row in rows], code, max_length=config.training.source_length
+        )
+        texts += [
+            {"source": source, "target": target[: config.training.target_length]}
+            for source, target in zip(sources, targets, strict=True)
+        ]
     return [texts[i] for i in np.random.default_rng(seed + 1).permutation(len(texts))]
 
 
@@ -136,18 +134,27 @@ def translation(graph: nnx.GraphDef, config: MiniNLLB, is_label_V: np.ndarray) -
 
     def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
         model: NLLB = nnx.merge(graph, frozen, trainable)
-        noise_key, hide_key, sample_key = jax.random.split(key, 3)
+        level_key, noise_key, hide_key, sample_key = jax.random.split(key, 4)
         source_BS, target_BT = batch["source_segments"], batch["target_segments"]
-        memory_BSE = add_noise(
-            model.encode(batch["source_ids"], source_BS),
+        # A level for each text, from untouched to full: the clean ones teach translation early on,
+        # the noisy ones keep it from resting on a single position or language.
+        num_texts = batch["example"].shape[1]
+        level_BN = jax.random.uniform(level_key, (source_BS.shape[0], num_texts + 1))
+        level_BS = jnp.take_along_axis(level_BN, source_BS, axis=1)
+        memory_BSE = model.encode(batch["source_ids"], source_BS)
+        noised_BSE = add_noise(
+            memory_BSE,
             source_BS,
-            batch["example"].shape[1],
+            num_texts,
             config.noise_position,
             config.noise_text,
             noise_key,
         )
-        is_hidden_BS = jax.random.bernoulli(hide_key, config.memory_dropout, source_BS.shape)
-        seen_BS = jnp.where(is_hidden_BS, 0, source_BS)
+        memory_BSE += level_BS[:, :, None] * (noised_BSE - memory_BSE)
+        hidden_BS = jax.random.uniform(hide_key, source_BS.shape) < (
+            config.memory_dropout * level_BS
+        )
+        seen_BS = jnp.where(hidden_BS, 0, source_BS)
         inputs_BT = decoder_inputs(batch["target_ids"], target_BT, model.config.eos_id)
         h_BTE = model.decode(inputs_BT, target_BT, memory_BSE, seen_BS)
         candidates_C, bias_C = sampled_vocabulary(is_label_V, config.negatives, sample_key)
