@@ -48,11 +48,10 @@ def test_mesh(sizes, shape):
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (4, 1, 1), (16, 1, 1), (3, -1, 1), (16, -1, 1)])
 def test_a_mesh_that_does_not_multiply_is_refused(sizes):
-    with pytest.raises(
-        ValueError, match=r"config\.mesh is .*must multiply to the 8 devices\."
-    ) as e:
+    message = r"config\.mesh is .*; its sizes must multiply to the 8 devices\."
+    with pytest.raises(ValueError, match=message) as error:
         sharding.make_mesh(Mesh(*sizes))
-    assert f"'data': {sizes[0]}, 'fsdp': {sizes[1]}" in str(e.value)
+    assert f"'data': {sizes[0]}, 'fsdp': {sizes[1]}" in str(error.value)
 
 
 BIG = 2**9  # squared, well above the size of arrays that stay whole
