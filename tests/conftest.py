@@ -47,8 +47,20 @@ def mtllm_models() -> Path:
 @pytest.fixture(scope="session")
 def mini_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run of the reduced config, finished. Read it, do not change it."""
-    folder = tmp_path_factory.mktemp("mini") / "run"
-    done = reduced.train(*reduced.ARGUMENTS, f"--workdir={folder}", cwd=folder.parent)
-    if done.returncode:
+    return _finished_run(tmp_path_factory.mktemp("mini") / "run")
+
+
+@pytest.fixture(scope="session")
+def own_run(tmp_path_factory: pytest.TempPathFactory, mini_run: Path) -> Path:
+    """The same with a user's own models (those of `mini_run`), task and text, and by LoRA."""
+    folder = tmp_path_factory.mktemp("own")
+    fields = reduced.own_fields(folder, mini_run)
+    fields |= {"task.name": "continents", "trained": "lora", "lora.rank": "4"}
+    return _finished_run(folder / "run", *reduced.flags(fields))
+
+
+def _finished_run(folder: Path, *arguments: str) -> Path:
+    done = reduced.train(*reduced.ARGUMENTS, *arguments, f"--workdir={folder}", cwd=folder.parent)
+    if done.returncode or done.stderr:
         pytest.fail(f"the reduced run ended with {done.returncode}: {done.stdout}{done.stderr}")
     return folder

@@ -1,12 +1,14 @@
 """The whole default run made small: two languages, few rows, few steps; under a minute on one core.
 
-`ARGUMENTS` is its command line, for tests that start it themselves; the fixture `mini_run` is a
-finished one.
+`ARGUMENTS` is its command line, for tests that start it themselves. Finished ones are the fixtures
+`mini_run` and, with a user's own models, task and text, `own_run`.
 """
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +41,37 @@ _FIELDS = {
     **{f"{stage}.checkpoint_every": 10 for stage in _TRAINED},
 }
 
-ARGUMENTS = (
-    f"--config={ROOT}/configs/mtllm.py",
-    *(f"--config.{name}={value}" for name, value in _FIELDS.items()),
-)
+TRAIN = ["Kenya\tAfrica", "Ghana and Togo\tAfrica", "Peru\tAmerica", "Cuba and Chile\tAmerica"] * 4
+TEST = [
+    ("Kenya", "Africa", "eng_Latn"),
+    ("Ghana und Togo", "Africa", "deu_Latn"),
+    ("Peru und Chile", "America", "deu_Latn"),
+    ("ケニア", "Africa", "jpn_Jpan"),
+]
+
+
+def flags(fields: Mapping[str, object]) -> list[str]:
+    """--config.NAME=VALUE of each field."""
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def own_fields(folder: Path, run: Path) -> dict[str, str]:
+    """Fields that name a user's own models (those of `run`), task and text, written to `folder`."""
+    (folder / "a.tsv").write_text("\n".join(["text\tlabel", *TRAIN]) + "\n", encoding="utf-8")
+    rows = [dict(zip(("text", "label", "language"), row, strict=True)) for row in TEST]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "b.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "t.txt").write_text("Kenya is in Africa\nPeru and Chile\n" * 20, encoding="utf-8")
+    return {
+        "encoder": str(run / "mini_nllb" / "model"),
+        "llm": str(run / "mini_llama" / "model"),
+        "task.train": str(folder / "a.tsv"),
+        "task.test": str(folder / "b.jsonl"),
+        "adaptation_text": str(folder / "t.txt"),
+    }
+
+
+ARGUMENTS = (f"--config={ROOT}/configs/mtllm.py", *flags(_FIELDS))
 
 
 def environment() -> dict[str, str]:

@@ -4,8 +4,8 @@ B rows, N texts per row, S encoder positions, T decoder positions, D LLM width, 
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,7 +45,9 @@ class Parts:
     llm: Llama
 
 
-def load_parts(config: MTLLM, encoder_folder: Path, llm_folder: Path) -> Parts:
+def load_parts(
+    config: MTLLM, encoder_folder: os.PathLike[str], llm_folder: os.PathLike[str]
+) -> Parts:
     """Both models and tokenizers."""
     options = {"remat": config.remat, "unroll_layers": config.unroll_layers}
     dtype = jnp.dtype(config.frozen_dtype)

@@ -1,0 +1,286 @@
+"""What MT-LLM answers to wrong input before any training, and what a user's own input gives."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reduced
+
+from mtllm_jax.cli import load_config
+from mtllm_jax.config import MTLLM
+from mtllm_jax.recipes.inputs import idle_fields, read_inputs
+from mtllm_jax.schema import resolve
+
+
+@pytest.fixture
+def own(tmp_path: Path, mini_run: Path) -> dict[str, str]:
+    """The fields of a run on nothing but one's own: models, task and text."""
+    return reduced.own_fields(tmp_path, mini_run)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def config(fields: dict[str, Any], name: str = "mini") -> MTLLM:
+    """The shipped settings with some fields changed, by dotted name."""
+    values = load_config(f"{reduced.ROOT}/configs/mtllm.py:{name}")
+    for path, value in fields.items():
+        *groups, last = path.split(".")
+        group = values
+        for part in groups:
+            group = group[part]
+        group[last] = value
+    return resolve(MTLLM, values)
+
+
+def refusal(fields: dict[str, Any], name: str = "mini") -> str:
+    """The one sentence that these fields are answered with."""
+    with pytest.raises(ValueError, match=r"[^.]\.$") as raised:
+        read_inputs(config(fields, name))
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- what a user brings is taken
+
+
+def test_ones_own_models_task_and_text_need_no_embedded_text(own_run):
+    assert {path.name for path in own_run.iterdir() if path.is_dir()} == {
+        *("adaptation", "teacher", "distillation", "mt_encoder", "evaluation", "predictions")
+    }
+    assert (own_run / "report.html").exists()
+    results = json.loads((own_run / "results.json").read_text())
+    assert results["task"] == "continents"
+    assert "systems_unseen" not in results and results["majority"] == 0.75
+    assert 0.1 < results["peak_memory_gb"] < 10
+    assert set(results["systems"]) == {"mt_llm", "llm_zero_shot", "mt_encoder", "translate_test"}
+    for entry in results["systems"].values():
+        assert set(entry["languages"]) == {"deu_Latn", "jpn_Jpan"}
+    predictions = (own_run / "predictions" / "mt_llm.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in predictions] == [row[0] for row in reduced.TEST]
+
+
+def test_the_inputs_are_what_the_files_say(own):
+    inputs = read_inputs(config(own))
+    assert inputs.task is not None and inputs.adaptation_text is not None
+    assert inputs.task.name == "a" and inputs.task.labels == ("Africa", "America")
+    assert {row["language"] for row in inputs.task.train} == {"eng_Latn"}
+    assert [row["language"] for row in inputs.task.tests["test"]] == [
+        row[2] for row in reduced.TEST
+    ]
+    assert len(inputs.adaptation_text) == 40
+    nothing = read_inputs(config({}))
+    assert nothing.task is None and nothing.adaptation_text is None
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_refusal_is_one_sentence_and_leaves_nothing(tmp_path, own):
+    write_jsonl(Path(own["task.test"]), [{"text": "Kenia", "label": "Afrika"}])
+    before = sorted(tmp_path.rglob("*"))
+    arguments = (reduced.ARGUMENTS[0], *reduced.flags(own), f"--workdir={tmp_path}/new")
+    done = reduced.train(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: config.task.test: ") and done.stderr.count("\n") == 1
+    assert "b.jsonl, line 1" in done.stderr and "'language'" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["encoder", "llm", "adaptation_text", "task"])
+def test_real_settings_ask_for_what_is_real(own, name):
+    fields = {field: value for field, value in own.items() if not field.startswith(name)}
+    fields |= {"evaluation.batch_rows": 64}
+    message = refusal(fields, "llama3-8b")
+    field = "task.train" if name == "task" else name
+    assert message.startswith(f"config.{field} is ''; the settings llama3-8b")
+
+
+@pytest.mark.parametrize(
+    ("field", "make", "words"),
+    [
+        ("encoder", None, "is not a folder"),
+        ("llm", None, "is not a folder"),
+        ("encoder", {}, "has no config.json"),
+        ("llm", {}, "has no config.json"),
+        (
+            "encoder",
+            {"config.json": '{"model_type": "bert"}'},
+            "is 'bert'; it may be m2m",
+        ),
+        ("llm", {"config.json": '{"model_type": "m2m_100"}'}, "model_type is 'm2m_100'"),
+        ("llm", {"config.json": "{"}, "is not JSON"),
+    ],
+)
+def test_model_folders(tmp_path, field, make, words):
+    folder = tmp_path / "model"
+    if make is not None:
+        folder.mkdir()
+        for name, text in make.items():
+            (folder / name).write_text(text)
+    message = refusal({field: str(folder)})
+    assert message.startswith(f"config.{field}: {folder}") and words in message
+
+
+@pytest.mark.parametrize("field", ["encoder", "llm"])
+@pytest.mark.parametrize("absent", ["model.safetensors", "tokenizer.json"])
+def test_a_model_folder_without_one_of_its_files(tmp_path, own, field, absent):
+    folder = copy(Path(own[field]), tmp_path / "copy", without=absent)
+    if absent == "tokenizer.json":
+        for name in ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer_config.json"):
+            (folder / name).unlink(missing_ok=True)
+    message = refusal(own | {field: str(folder)})
+    assert message.startswith(f"config.{field}: {folder}")
+    assert ("tokenizer" if absent == "tokenizer.json" else absent) in message
+
+
+def test_an_encoder_whose_decoder_is_missing_is_refused_though_only_the_last_stage_reads_it(
+    tmp_path, own
+):
+    from safetensors.numpy import load_file, save_file
+
+    folder = copy(Path(own["encoder"]), tmp_path / "copy", without="model.safetensors")
+    tensors = load_file(Path(own["encoder"]) / "model.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if ".decoder." not in k}, folder / "model.safetensors"
+    )
+    assert "missing: model.decoder" in refusal(own | {"encoder": str(folder)})
+
+
+def test_a_tokenizer_larger_than_its_model(tmp_path, own):
+    folder = copy(Path(own["llm"]), tmp_path / "copy", without="tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json", "sentencepiece.bpe.model"):
+        (folder / name).write_bytes((Path(own["encoder"]) / name).read_bytes())
+    assert "its tokenizer has" in refusal(own | {"llm": str(folder)})
+
+
+def copy(folder: Path, to: Path, without: str) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        if path.name != without:
+            (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_languages(own):
+    message = refusal({"languages": ["deu_Latn", "ace_Latn"]})
+    assert message.startswith("config.languages: language 'ace_Latn'") and "nearest" in message
+    # The mini encoder of the reduced run reads German and Japanese.
+    message = refusal({"encoder": own["encoder"], "languages": ["deu_Latn", "fra_Latn"]})
+    assert message.startswith("config.languages: language 'fra_Latn' is not one of the 3")
+    message = refusal({"english": "fra_Latn", "languages": ["deu_Latn"]})
+    assert message.startswith("config.english is 'fra_Latn'")
+    message = refusal(own | {"english": "fra_Latn", "languages": ["deu_Latn"]})
+    assert message.startswith("config.english: language 'fra_Latn' is not one of the 3")
+
+
+@pytest.mark.parametrize(
+    ("field", "content", "words"),
+    [
+        ("task.train", b"text\nKenya\n", "line 1: there is no column 'label'"),
+        ("task.train", b"text\tlabel\n\tAfrica\n", "line 2: the text is empty"),
+        ("task.train", b"text\tlabel\nKenya\tAfrica\n", "holds one label alone, 'Africa'"),
+        (
+            "task.train",
+            b"text\tlabel\tlanguage\nKenia\tAfrica\tdeu_Latn\n",
+            "line 2: the language is 'deu_Latn', it must be eng_Latn",
+        ),
+        (
+            "task.train",
+            b"text\ttext_pair\tlabel\nKenya\tTogo\tAfrica\nPeru\tCuba\tAmerica\n",
+            "has a column 'text_pair'",
+        ),
+        (
+            "task.test",
+            b'{"text": "x", "label": "Africa"}\n',
+            "line 1: there is no column 'language'",
+        ),
+        (
+            "task.test",
+            b'{"text": "x", "label": "Afrika", "language": "deu_Latn"}\n',
+            "line 1: the label is 'Afrika', it must be one of 'Africa', 'America'",
+        ),
+        (
+            "task.test",
+            b'{"text": "x", "label": "Africa", "language": "fra_Latn"}\n',
+            "line 1: language 'fra_Latn' is not one of the 3",
+        ),
+        (
+            "task.test",
+            b'{"text": "x", "label": "Africa", "language": "eng_Latn"}\n',
+            "holds rows in eng_Latn alone",
+        ),
+        ("task.test", b"\xff\xfe\n", "line 1"),
+        ("task.test", b"", "holds no rows"),
+        ("adaptation_text", b"Kenya\n\xff\n", "line 2"),
+        ("adaptation_text", b"\n\n", "holds no text"),
+    ],
+)
+def test_data_files(own, field, content, words):
+    Path(own[field]).write_bytes(content)
+    message = refusal(own)
+    assert message.startswith(f"config.{field}: {own[field]}") and words in message
+
+
+def test_a_data_file_that_is_not_there(own):
+    for field in ("task.train", "task.test", "adaptation_text"):
+        message = refusal(own | {field: "nowhere.jsonl"})
+        assert message.startswith(f"config.{field}: nowhere.jsonl")
+
+
+def test_rows_that_the_devices_cannot_share():
+    # Eight simulated devices, by conftest.
+    for field in ("adaptation.training.batch_rows", "evaluation.batch_rows"):
+        message = refusal({field: 12})
+        assert message == f"config.{field} is 12; it must be a multiple of 8, data × fsdp."
+    assert "must multiply to the 8 devices" in refusal({"mesh.data": 3})
+
+
+def test_adapter_targets_that_are_none(own):
+    message = refusal({"trained": "lora", "lora.targets": ["q", "query"]})
+    assert message.startswith("config.lora.targets: ") and "'query'" in message
+    assert read_inputs(config({"trained": "lora", "lora.targets": ["q", "down"]})).task is None
+
+
+def test_lengths_that_a_stage_needs():
+    with pytest.raises(ValueError, match=r"^config\.teacher\.target_length is 0; it must be at"):
+        config({"teacher.target_length": 0})
+
+
+# ---------------------------------------------------------------- what has no effect
+
+
+def test_fields_without_effect_are_named(own):
+    default = config({})
+    assert idle_fields(default, ["seed", "mini_nllb.width", "languages", "lora.rank"]) == []
+    assert idle_fields(default, ["teacher.source_length"]) == [
+        "config.teacher.source_length has no effect: this stage reads no source side."
+    ]
+    with_encoder = dataclasses.replace(default, encoder="DIR")
+    assert idle_fields(with_encoder, ["mini_nllb.width", "mini_llama.width", "languages"]) == [
+        "config.mini_nllb.width has no effect: config.encoder names the model."
+    ]
+    everything = config(own)
+    given = ["text.english", "evaluation.split", "languages", "mini_llama.vocab_size"]
+    assert len(idle_fields(everything, given)) == len(given)
+    assert len(idle_fields(default, ["task.name"])) == 1
+
+
+# ---------------------------------------------------------------- the dry run
+
+
+def test_the_dry_run_shows_rows_and_costs_and_leaves_nothing(tmp_path, own):
+    before = sorted(tmp_path.rglob("*"))
+    done = reduced.train(*reduced.ARGUMENTS, *reduced.flags(own), "--dry_run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    # Fields that this run does not read are named.
+    assert "warning: config.languages has no effect" in done.stdout
+    assert "warning: config.mini_nllb.width has no effect" in done.stdout
+    for words in ("segments  1 1", "<s>", "eng_Latn", "optimizer, MB", "peak so far", "jpn_Jpan"):
+        assert words in done.stdout
+    assert "1/1 steps" in done.stdout and "What next" not in done.stdout
