@@ -49,7 +49,7 @@ def load_parts(
     config: MTLLM, encoder_folder: os.PathLike[str], llm_folder: os.PathLike[str]
 ) -> Parts:
     """Both models and tokenizers."""
-    options = {"remat": config.remat, "unroll_layers": config.unroll_layers}
+    options: dict[str, Any] = {"remat": config.remat, "unroll_layers": config.unroll_layers}
     dtype = jnp.dtype(config.frozen_dtype)
     return Parts(
         source=SourceTokenizer(encoder_folder),
