@@ -5,7 +5,9 @@ authors' public code, [abs] the paper's abstract, [fallback] a neighbouring proj
 value, [ours] our own choice.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +18,15 @@ def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise the one-sentence error of a setting that cannot be."""
     if not condition:
         raise ValueError(f"config.{field} is {value!r}; it must be {allowed}.")
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Put a field's name before what was found to be wrong with its value."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"config.{field}: {str(error).rstrip('.')}.") from None
 
 
 @dataclass(frozen=True)

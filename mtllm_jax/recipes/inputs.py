@@ -1,15 +1,14 @@
 """What a run of MT-LLM reads: opened and checked at the door, before anything is written."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 from flax import nnx
 
 from mtllm_jax import sharding
-from mtllm_jax.config import MTLLM, SIDES
+from mtllm_jax.config import MTLLM, SIDES, naming
 from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.files import label_names, read_rows, read_texts
 from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer
@@ -48,10 +47,10 @@ def read_inputs(config: MTLLM) -> Inputs:
         _check_llm(config)
     readable = _check_encoder(config) if config.encoder else (config.english, *config.languages)
     if config.uses_embedded_text():
-        with _field("languages"):
+        with naming("languages"):
             check_languages(config.languages)
     if not config.task.train:
-        with _field("languages"):
+        with naming("languages"):
             for code in config.languages:
                 check_language(code, readable)
     return Inputs(
@@ -65,14 +64,14 @@ def read_task(config: MTLLM, readable: Sequence[str]) -> Classification:
     """The user's own task. readable: the languages that its test rows may be in."""
     columns = {"text": str, "label": str, "language": str}
     files, english = config.task, config.english
-    with _field("task.train"):
+    with naming("task.train"):
         train = read_rows(
             files.train, columns=columns, defaults={"language": english}, languages=(english,)
         )
         labels = label_names(train)
         if len(labels) < 2:
             raise ValueError(f"{files.train} holds one label alone, {labels[0]!r}")
-    with _field("task.test"):
+    with naming("task.test"):
         test = read_rows(files.test, columns=columns, labels=labels, languages=readable)
         if all(row["language"] == english for row in test):
             raise ValueError(
@@ -118,15 +117,6 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> list[str]:
     return [f"config.{name} has no effect: {reason}." for name, reason in found.items()]
 
 
-@contextlib.contextmanager
-def _field(name: str) -> Iterator[None]:
-    """Put the field's name before what was wrong with its value."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"config.{name}: {str(error).rstrip('.')}.") from None
-
-
 def _check_sources(config: MTLLM) -> None:
     """Everything is either named by the user or made here; some settings make nothing here."""
     for field, given, own, what in (
@@ -166,26 +156,26 @@ def _check_lora_targets(config: MTLLM) -> None:
             rngs=nnx.Rngs(0),
         )
 
-    with _field("lora.targets"):
+    with naming("lora.targets"):
         nnx.eval_shape(attach)
 
 
 def _check_llm(config: MTLLM) -> None:
-    with _field("llm"):
+    with naming("llm"):
         sizes = check_llama(config.llm)
         _check_vocabulary(config.llm, TargetTokenizer(config.llm).vocab_size, sizes.vocab_size)
 
 
 def _check_encoder(config: MTLLM) -> tuple[str, ...]:
     """Returns the languages in the encoder's vocabulary."""
-    with _field("encoder"):
+    with naming("encoder"):
         sizes = check_nllb(config.encoder)
         tokenizer = SourceTokenizer(config.encoder)
         _check_vocabulary(config.encoder, tokenizer.vocab_size, sizes.vocab_size)
-    with _field("english"):
+    with naming("english"):
         tokenizer.language_id(config.english)
     if alpha := config.adaptation.subword_sampling:
-        with _field("adaptation.subword_sampling"):
+        with naming("adaptation.subword_sampling"):
             tokenizer.encode(["a"], config.english, sampling_alpha=alpha)
     return tokenizer.languages
 
@@ -198,6 +188,6 @@ def _check_vocabulary(folder: str, num_tokens: int, num_rows: int) -> None:
 
 
 def _read_adaptation_text(config: MTLLM) -> Sequence[str]:
-    with _field("adaptation_text"):
+    with naming("adaptation_text"):
         texts = read_texts(config.adaptation_text)
     return [texts[i] for i in range(len(texts))]

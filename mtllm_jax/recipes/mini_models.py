@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mtllm_jax.config import MTLLM, MiniNLLB
+from mtllm_jax.config import MTLLM, MiniNLLB, naming
 from mtllm_jax.data.babel_tfds import TextDataset
 from mtllm_jax.data.packing import pack
 from mtllm_jax.data.tokenise import (
@@ -52,7 +52,8 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
             # the scripts that write without spaces.
             names = [pair for pair in pairs if pair["kind"] == "name"]
             texts = [name["text"] for name in names] + [name["english"] for name in names]
-            train_nllb_tokenizer(texts, languages, config.vocab_size, tokenizer_folder)
+            with naming("mini_nllb.vocab_size"):
+                train_nllb_tokenizer(texts, languages, config.vocab_size, tokenizer_folder)
         tokenizer = SourceTokenizer(tokenizer_folder)
         texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed)
         is_label_V = np.zeros(tokenizer.vocab_size, bool)
@@ -188,7 +189,8 @@ def mini_llama(job: Job[MTLLM], text: TextDataset) -> Path:
         texts = [row["text"] for row in text["english"]]
         tokenizer_folder = Path(stage.path / "tokenizer")
         if not tokenizer_folder.exists():
-            train_llama_tokenizer(texts, config.vocab_size, tokenizer_folder)
+            with naming("mini_llama.vocab_size"):
+                train_llama_tokenizer(texts, config.vocab_size, tokenizer_folder)
         tokenizer = TargetTokenizer(tokenizer_folder)
         training = config.training
         eos = np.array([tokenizer.eos_id], np.int32)

@@ -139,7 +139,7 @@ def test_unseen_names_are_in_no_labelled_text(rows, dataset):
 
 def test_shares_and_sizes(rows, dataset):
     kinds = [r["kind"] for r in rows["adaptation"]]
-    assert [kinds.count(k) for k in ("name", "list", "fact")] == [400, 400, 200]
+    assert [kinds.count(k) for k in ("name", "list", "fact")] == [150, 650, 200]
     assert len(rows["english"]) == SIZES.english
     about = dataset.describe()
     assert about["rows"] == {split: len(rows[split]) for split in SPLITS}
