@@ -86,7 +86,7 @@ class MiniNLLB:
     """The tiny encoder–decoder that the default run trains for itself, NLLB's shape."""
 
     training: Training
-    vocab_size: int  # pieces, language codes and special tokens together
+    vocab_size: int  # pieces, language codes and special tokens at most; texts may give fewer
     width: int
     num_heads: int
     ffn_width: int
@@ -108,7 +108,7 @@ class MiniLlama:
     """The tiny LLM that the default run trains for itself, Llama's shape."""
 
     training: Training
-    vocab_size: int
+    vocab_size: int  # bytes, pieces and special tokens at most; texts may give fewer
     width: int
     num_layers: int
     num_heads: int

@@ -47,9 +47,10 @@ def train_nllb_tokenizer(
     """Trains a sentencepiece BPE model on `texts` and saves it in NLLB's layout.
 
     Ids: <s> 0, <pad> 1, </s> 2, <unk> 3, the pieces (sentencepiece's id + 1), one token for each of
-    `language_codes` in their order, <mask>: `vocab_size` in all. Every character of `texts` is in
-    the vocabulary; others are <unk>, as in NLLB. The same texts give the same files. ValueError if
-    `vocab_size` is too small for the characters or too large for the texts.
+    `language_codes` in their order, <mask>: at most `vocab_size` in all, fewer where the texts
+    give no more pieces. Every character of `texts` is in the vocabulary; others are <unk>, as in
+    NLLB. The same texts give the same files. ValueError if `vocab_size` is too small for the
+    characters.
     """
     from transformers import NllbTokenizer
 
@@ -69,9 +70,9 @@ def train_nllb_tokenizer(
 def train_llama_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.PathLike) -> None:
     """Trains a sentencepiece BPE model with byte fallback and saves it in Llama 2's layout.
 
-    Ids: <unk> 0, <s> 1, </s> 2, the 256 bytes, the pieces: `vocab_size` in all. Texts begin with
-    <s>; there is no padding token. Any text can be encoded and decoded back. ValueError as in
-    `train_nllb_tokenizer`.
+    Ids: <unk> 0, <s> 1, </s> 2, the 256 bytes, the pieces: at most `vocab_size` in all. Texts begin
+    with <s>; there is no padding token. Any text can be encoded and decoded back. Fewer pieces,
+    and ValueError, as in `train_nllb_tokenizer`.
     """
     from transformers import LlamaTokenizer
 
@@ -105,7 +106,7 @@ def _new_folder(folder: str | os.PathLike) -> Iterator[Path]:
 def _train_pieces(
     texts: Iterable[str], vocab_size: int, num_others: int, file: Path, **options: Any
 ) -> list[str]:
-    """Writes a sentencepiece model of `vocab_size - num_others` pieces; returns them by id."""
+    """Writes a model of at most `vocab_size - num_others` pieces; returns them by id."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -113,6 +114,7 @@ def _train_pieces(
             model_writer=model,
             model_type="bpe",  # NLLB's and Llama's; transformers 5 reads no other kind for them
             vocab_size=vocab_size - num_others,
+            hard_vocab_limit=False,  # fewer pieces where the texts have no more merges
             character_coverage=1.0,
             minloglevel=2,
             **options,
@@ -125,13 +127,10 @@ def _train_pieces(
 
 
 def _misfit(error: str, vocab_size: int, num_others: int) -> str:
-    """Our sentence for sentencepiece's about a vocabulary too small or too large."""
+    """Our sentence for sentencepiece's about a vocabulary too small."""
     if small := re.search(r"required_chars\. (\d+) vs (\d+)", error):
         least = vocab_size + int(small[2]) - int(small[1])
         return f"vocab_size is {vocab_size}; it must be {least} or more for these texts' characters"
-    if large := re.search(r"a value <= (\d+)", error):
-        most = int(large[1]) + num_others
-        return f"vocab_size is {vocab_size}; these texts give no more than {most} tokens"
     return f"vocab_size is {vocab_size}, with which no tokenizer could be trained: {error.strip()}"
 
 
