@@ -42,8 +42,8 @@ def main(config: MTLLM) -> None:
         console.print(results_table(results, epath.Path(path), console.width))
         return
     recipe = importlib.import_module(RECIPES[config.recipe][1])
-    for sentence in recipe.idle_fields(config, cli.overridden()):
-        console.warn(sentence)
+    if idle := recipe.idle_fields(config, cli.overridden()):
+        console.warn(idle)
     inputs = recipe.read_inputs(config)
     if _DRY_RUN.value:
         recipe.dry_run(config, inputs, console)

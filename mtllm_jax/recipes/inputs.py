@@ -86,8 +86,8 @@ def read_task(config: MTLLM, readable: Sequence[str]) -> Classification:
     return Classification(files.name or Path(files.train).name.split(".")[0], train, {"test": test})
 
 
-def idle_fields(config: MTLLM, given: Iterable[str]) -> list[str]:
-    """A sentence for each of the `given` fields (dotted) that has no effect in this config."""
+def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
+    """One line naming those of the `given` fields (dotted) that have no effect, and why; or ""."""
     reasons = {
         f"{where}.{side}_length": f"this stage reads no {side} side"
         for where, sides in SIDES.items()
@@ -108,13 +108,13 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> list[str]:
         reasons["task.name"] = "config.task.train is not given"
     if config.trained == "all":
         reasons["lora.targets"] = "config.trained is 'all'"
-    found = {
-        name: reason
-        for idle, reason in reasons.items()
-        for name in given
-        if f"{name}.".startswith(f"{idle}.")
-    }
-    return [f"config.{name} has no effect: {reason}." for name, reason in found.items()]
+    found: dict[str, list[str]] = {}
+    for name in given:
+        for idle, reason in reasons.items():
+            if f"{name}.".startswith(f"{idle}."):
+                found.setdefault(reason, []).append(f"config.{name}")
+    listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in found.items())
+    return listed and f"without effect here: {listed}."
 
 
 def _check_sources(config: MTLLM) -> None:
