@@ -17,6 +17,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from mtllm_jax.data.packing import padded
+from mtllm_jax.data.pipeline import by_length
 from mtllm_jax.models.nllb import NLLB, Cache
 
 
@@ -27,7 +29,9 @@ class Tokenizer(Protocol):
     def pad_id(self) -> int:
         """The id of padding."""
 
-    def encode(self, texts: Sequence[str], language: str | Sequence[str]) -> Sequence[np.ndarray]:
+    def encode(
+        self, texts: Sequence[str], language: str | Sequence[str], *, max_length: int
+    ) -> Sequence[np.ndarray]:
         """Ids of each text as the encoder reads them: language token, text, `</s>`."""
 
     def decode(self, rows: Sequence[np.ndarray]) -> list[str]:
@@ -80,32 +84,32 @@ def translate(
     source_language: str | Sequence[str],
     target_language: str,
     *,
+    max_length: int,
     max_new_tokens: int,
     batch_size: int = 256,
     dtype: DTypeLike = jnp.float32,
 ) -> list[str]:
     """Greedy translations of `texts`, in their order. source_language: one code, or one per text.
 
+    max_length: tokens of a source text, the language and `</s>` among them; longer ones are cut.
     Rows of like length are translated together, at one of few widths, so that little is computed
     for padding and little is compiled.
     """
     graph, state = nnx.split(model)
     language_id = tokenizer.language_id(target_language)
-    encoded = tokenizer.encode(texts, source_language)
-    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    num_rows = min(batch_size, _round_up(len(encoded)))
+    encoded = tokenizer.encode(texts, source_language, max_length=max_length)
     pending = []
-    for start in range(0, len(by_length), batch_size):
-        chosen = by_length[start : start + batch_size]
-        ids_BS, segments_BS = _pad([encoded[i] for i in chosen], num_rows, tokenizer.pad_id)
+    for places in by_length([len(ids) for ids in encoded], batch_size):
+        chosen = [encoded[i] for i in places]
+        batch = padded(chosen, "text", tokenizer.pad_id, rows=min(batch_size, len(encoded)))
+        text = batch["text_ids"], batch["text_segments"]
         # Dispatch does not wait: the next batch is padded while this one is translated.
-        pending.append(
-            _greedy(graph, state, ids_BS, segments_BS, language_id, max_new_tokens, dtype)
-        )
-    translated = [row for ids_BT in pending for row in np.asarray(ids_BT)]
+        pending.append((places, _greedy(graph, state, *text, language_id, max_new_tokens, dtype)))
     rows: list[np.ndarray] = [np.empty(0)] * len(encoded)
-    for i, ids_T in zip(by_length, translated, strict=False):  # the last batch has filler rows
-        rows[i] = ids_T[ids_T != model.config.pad_id]
+    for places, ids_BT in pending:
+        # The last batch may have filler rows.
+        for i, ids_T in zip(places, np.asarray(ids_BT), strict=False):
+            rows[i] = ids_T[ids_T != model.config.pad_id]
     return tokenizer.decode(rows)
 
 
@@ -145,20 +149,3 @@ def _argmax(logits_BV: Array) -> Array:
     best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     index_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.float32)[None]  # exact below 2^24
     return -jnp.max(jnp.where(logits_BV == best_B1, -index_V, -jnp.inf), axis=-1).astype(jnp.int32)
-
-
-def _pad(rows: Sequence[np.ndarray], num_rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and segments [num_rows, S], S rounded up; rows beyond the given ones are padding."""
-    width = _round_up(max(map(len, rows)))
-    ids_BS = np.full((num_rows, width), pad_id, np.int32)
-    segments_BS = np.zeros((num_rows, width), np.int32)
-    for row, ids in enumerate(rows):
-        ids_BS[row, : len(ids)] = ids
-        segments_BS[row, : len(ids)] = 1
-    return ids_BS, segments_BS
-
-
-def _round_up(length: int) -> int:
-    """To a multiple of 8, from 64 on of 64: few widths, hence few programs to compile."""
-    step = 8 if length <= 64 else 64
-    return -(-length // step) * step

@@ -21,8 +21,8 @@ Forward = Callable[[Any, Array, Array], Array]
 class Vectors:
     """A forward pass as a function from tokenised texts to float32 vectors [texts, D].
 
-    forward is compiled once per length, a multiple of 8, of 32 beyond 64. batch_rows: texts per
-    forward pass; a multiple of the devices that rows are cut over (ValueError otherwise).
+    forward is compiled once per length (`packing.padded` has few). batch_rows: texts per forward
+    pass; a multiple of the devices that rows are cut over (ValueError otherwise).
     """
 
     def __init__(
@@ -41,27 +41,21 @@ class Vectors:
         self._batch_rows = batch_rows
         self._mesh = mesh
 
-    def __call__(
-        self, texts: Sequence[np.ndarray], done: Callable[[int], None] | None = None
-    ) -> np.ndarray:
-        """In the order given. done: told after each batch how many texts are finished."""
+    def __call__(self, texts: Sequence[np.ndarray]) -> np.ndarray:
+        """In the order given. ValueError if there are none."""
         if not texts:
             raise ValueError("there are no texts to run through the model.")
         pending = []
         for places in by_length([len(text) for text in texts], self._batch_rows):
             chosen = [texts[i] for i in places]
-            multiple = 8 if len(chosen[0]) <= 64 else 32
-            batch = padded(chosen, "text", self._pad_id, rows=self._batch_rows, multiple=multiple)
-            batch = sharding.place_batch(batch, self._mesh)
+            rows = padded(chosen, "text", self._pad_id, rows=self._batch_rows)
+            batch = sharding.place_batch(rows, self._mesh)
             # Dispatch does not wait: the next batch is padded while this one is computed.
             pending.append(
                 (places, self._forward(self._state, batch["text_ids"], batch["text_segments"]))
             )
-            if done is not None and len(pending) > 1:
-                pending[-2][1].block_until_ready()
-                done(sum(len(places) for places, _ in pending[:-1]))
         width = pending[0][1].shape[1:]
         result = np.empty((len(texts), *width), np.float32)
-        for places, rows in pending:
-            result[places] = np.asarray(rows)[: len(places)]
+        for places, vectors in pending:
+            result[places] = np.asarray(vectors)[: len(places)]
         return result

@@ -92,14 +92,15 @@ def _stack(packed: Iterable[dict[str, np.ndarray]], lengths: Mapping[str, int]) 
 
 
 def padded(
-    texts: Sequence[np.ndarray], stream: str, pad_id: int, *, rows: int, multiple: int = 8
+    texts: Sequence[np.ndarray], stream: str, pad_id: int, *, rows: int
 ) -> dict[str, np.ndarray]:
-    """One text per row, padded on the right to `rows` rows and a multiple of `multiple` positions.
+    """One text per row, padded on the right to `rows` rows.
 
-    Returns {stream}_ids and {stream}_segments, int32 [rows, length].
+    Returns {stream}_ids and {stream}_segments, int32 [rows, length]: the longest text's, rounded
+    up to a multiple of 8, of 32 beyond 64. Few lengths mean few programs to compile.
     """
-    length = max(len(text) for text in texts)
-    length += -length % multiple
+    longest = max(len(text) for text in texts)
+    length = longest + -longest % (8 if longest <= 64 else 32)
     ids = np.full((rows, length), pad_id, np.int32)
     segments = np.zeros((rows, length), np.int32)
     for i, text in enumerate(texts):

@@ -274,9 +274,9 @@ class Digits:
 
     pad_id = PAD
 
-    def encode(self, texts, language):
-        rows = [[self.language_id(language), *map(int, text.split()), EOS] for text in texts]
-        return [np.array(row, np.int32) for row in rows]
+    def encode(self, texts, language, *, max_length):
+        rows = [[self.language_id(language), *map(int, text.split())] for text in texts]
+        return [np.array([*row[: max_length - 1], EOS], np.int32) for row in rows]
 
     def decode(self, rows):
         return [" ".join(str(i) for i in row if i != EOS) for row in rows]
@@ -289,16 +289,16 @@ class Digits:
 def test_translate_keeps_the_order_whatever_the_batches(model, batch_size):
     rng, tokenizer = np.random.default_rng(7), Digits()
     texts = [" ".join(map(str, rng.integers(10, VOCAB, n))) for n in rng.integers(1, 20, 10)]
-    together = translate(
-        model, tokenizer, texts, "aaa_Latn", "bbb_Latn", max_new_tokens=6, batch_size=batch_size
-    )
+    codes, limits = ("aaa_Latn", "bbb_Latn"), {"max_length": 16, "max_new_tokens": 6}
+    together = translate(model, tokenizer, texts, *codes, **limits, batch_size=batch_size)
+    assert max(len(text.split()) for text in texts) > 14  # the limit, less language and </s>
     for text, translation in zip(texts, together, strict=True):
         ids, segments = np.full((1, 24), PAD, np.int32), np.zeros((1, 24), np.int32)
-        row = tokenizer.encode([text], "aaa_Latn")[0]
+        row = [8, *map(int, text.split()[:14]), EOS]
         ids[0, : len(row)], segments[0, : len(row)] = row, 1
         (alone,) = np.asarray(greedy(*nnx.split(model), ids, segments, 9, 6))
         assert translation == tokenizer.decode([alone[alone != PAD]])[0]
-    assert translate(model, tokenizer, [], "aaa_Latn", "bbb_Latn", max_new_tokens=6) == []
+    assert translate(model, tokenizer, [], *codes, **limits) == []
 
 
 # --- folders --------------------------------------------------------------------------------------
