@@ -83,7 +83,7 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """A NamedSharding for each leaf: by `dims` for parameters (and Adam's moments, which keep the
     parameter's type), whole for everything else. Works on arrays and on abstract shapes."""
 
-    def of(path, leaf):
+    def of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
         if isinstance(leaf, nnx.Variable):
             value = leaf.get_raw_value()
             spec = partition(

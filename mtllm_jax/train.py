@@ -25,8 +25,7 @@ from mtllm_jax.runfolder import StageFolder
 Objective = Callable[[nnx.State, Any, dict[str, Array], Array], Terms]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that changes while training, and all that a checkpoint holds beside the data iterator."""
 
     step: Array  # int32
@@ -57,7 +56,7 @@ def make_optimizer(config: Training) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: Any) -> Any:
-    def of(variable):
+    def of(variable: nnx.Variable) -> nnx.Variable:
         dims = [dim for dim in variable.get_metadata("dims") if dim != "layers"]
         return variable.replace(len(dims) >= 2)
 
@@ -81,7 +80,9 @@ def train_step(
     """
     key = jax.random.fold_in(state.rng, state.step)
 
-    def summed_loss(trainable, rows, key):
+    def summed_loss(
+        trainable: nnx.State, rows: dict[str, Array], key: Array
+    ) -> tuple[Array, Terms]:
         terms = objective(trainable, frozen, rows, key)
         return terms["loss"][0], terms
 
@@ -92,7 +93,7 @@ def train_step(
         micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
         keys = jax.random.split(key, accumulation)
 
-        def add(total, rows_and_key):
+        def add(total: Any, rows_and_key: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(state.trainable, *rows_and_key)), None
 
         first = jax.tree.map(lambda x: x[0], (micro, keys))

@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.filterlib import Filter
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -43,6 +44,12 @@ def stacked(
     if num_layers is None:
         return tuple(shape), tuple(dims)
     return (num_layers, *shape), ("layers", *dims)
+
+
+def split(module: nnx.Module, chosen: Filter) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, the state that the filter takes, all other state), as `nnx.merge` takes them."""
+    graph, taken, *others = nnx.split(module, chosen, ...)
+    return graph, taken, others[0]
 
 
 class Linear(nnx.Module):

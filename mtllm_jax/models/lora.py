@@ -4,7 +4,7 @@ L layers, I input width, O output width, R rank.
 
 The factors are of type `LoRAParam`, so one split tells them from the weights they adapt:
 
-    graph, adapters, frozen = nnx.split(model, LoRAParam, ...)
+    graph, adapters, frozen = split(model, LoRAParam)
 
 and a module that `attach` was not called on, built from the same weights, is the teacher.
 """

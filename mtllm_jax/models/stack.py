@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from mtllm_jax.models.bridge import Bridge
 from mtllm_jax.models.layers import Linear
@@ -19,14 +20,14 @@ from mtllm_jax.models.llama import Llama
 class Encoder(Protocol):
     """What the stack asks of a text encoder."""
 
-    def encode(self, ids_BS: Array, segments_BS: Array, dtype=jnp.float32) -> Array:
+    def encode(self, ids_BS: Array, segments_BS: Array, dtype: DTypeLike = jnp.float32) -> Array:
         """States [B, S, E]."""
 
 
 class Stack(nnx.Module):
     """encoder → bridge → LLM. Stage 1 trains the bridge and the LLM's adapters or weights."""
 
-    def __init__(self, encoder: nnx.Module, bridge: Bridge, llm: Llama):
+    def __init__(self, encoder: Encoder, bridge: Bridge, llm: Llama):
         self.encoder = encoder
         self.bridge = bridge
         self.llm = llm

@@ -24,7 +24,7 @@ def cross_entropy(
     pass, which computes them again. 0 takes all tokens at once and keeps the logits.
     """
 
-    def summed(h_MD, labels_M, weights_M):
+    def summed(h_MD: Array, labels_M: Array, weights_M: Array) -> Array:
         logits_MV = jnp.einsum("md,vd->mv", h_MD, kernel_VD, preferred_element_type=jnp.float32)
         if bias_V is not None:
             logits_MV += bias_V[None]
@@ -41,7 +41,7 @@ def cross_entropy(
         for x in (h_MD, labels_M, weights_M)
     ]
 
-    def step(total, piece):
+    def step(total: Array, piece: list[Array]) -> tuple[Array, None]:
         return total + jax.checkpoint(summed)(*piece), None
 
     return jax.lax.scan(step, jnp.zeros((), jnp.float32), chunked)[0], count

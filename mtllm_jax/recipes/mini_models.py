@@ -27,6 +27,7 @@ from mtllm_jax.data.tokenise import (
 )
 from mtllm_jax.hf.llama import save_llama
 from mtllm_jax.hf.nllb import save_nllb
+from mtllm_jax.models.layers import split
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 from mtllm_jax.models.stack import add_noise
@@ -77,7 +78,7 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
         )
         # The encoder's output norm stays at weight 1 and bias 0, so that its states keep rms 1:
         # a learnt scale could simply grow until the noise below no longer matters.
-        graph, fixed, trainable = nnx.split(model, nnx.PathContains("encoder_norm"), ...)
+        graph, fixed, trainable = split(model, nnx.PathContains("encoder_norm"))
         trained = fit(
             stage,
             "mini NLLB",

@@ -25,7 +25,7 @@ from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.inference import Forward, Vectors
 from mtllm_jax.models import lora
 from mtllm_jax.models.bridge import Bridge
-from mtllm_jax.models.layers import Linear, LoRAParam
+from mtllm_jax.models.layers import Linear, LoRAParam, split
 from mtllm_jax.models.llama import Llama
 from mtllm_jax.models.nllb import NLLB
 from mtllm_jax.models.stack import Stack, classification_head, llm_pooled, segment_mean
@@ -81,17 +81,21 @@ def with_adapters(config: MTLLM, llm: Llama, seed: int) -> Llama:
     """A copy of the LLM that can learn: with fresh LoRA factors, or in float32 where all learns."""
     llm = copy(llm)
     if config.trained == "lora":
-        lora.attach(
-            llm,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            targets=config.lora.targets,
-            rngs=nnx.Rngs(seed),
-        )
+        _attach(config, llm, config.lora.targets, seed)
         return llm
     graph, state = nnx.split(llm)
     return nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float32), state))
+
+
+def _attach(config: MTLLM, module: nnx.Module, targets: Sequence[str], seed: int) -> None:
+    lora.attach(
+        module,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        targets=targets,
+        rngs=nnx.Rngs(seed),
+    )
 
 
 def build_stack(config: MTLLM, parts: Parts, seed: int) -> Stack:
@@ -169,7 +173,7 @@ def general_adaptation(job: Job[MTLLM], parts: Parts, english: Sequence[str]) ->
     config, seed = job.config, job.stage_seed("adaptation")
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
         stack = build_stack(config, parts, seed)
-        graph, trainable, frozen = nnx.split(stack, is_trained(config), ...)
+        graph, trainable, frozen = split(stack, is_trained(config))
         teacher_graph, teacher = nnx.split(parts.llm)
         return fit(
             stage,
@@ -228,7 +232,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClas
     training = config.teacher
     with job.stage("teacher", "stage 2a, the task's English teacher") as stage:
         model = new_teacher(config, parts, len(task.labels), seed)
-        graph, trainable, frozen = nnx.split(model, is_trained(config), ...)
+        graph, trainable, frozen = split(model, is_trained(config))
         trained = fit(
             stage,
             "stage 2a",
@@ -236,11 +240,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClas
             objective=teacher_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _task_rows(
-                {"target": parts.target.encode(_texts(task), max_length=training.target_length)},
-                training,
-                {"target": parts.target.pad_id},
-            ),
+            rows=lambda: _target_rows(parts, task, training),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
@@ -253,12 +253,23 @@ def _texts(task: Classification) -> list[str]:
     return [row["text"] for row in task.train]
 
 
-def _task_rows(
-    tokens: dict[str, list[np.ndarray]], training: Training, pad_ids: dict[str, int]
+def _source_rows(config: MTLLM, parts: Parts, task: Classification, training: Training) -> Rows:
+    length, tokenizer = training.source_length, parts.source
+    tokens = tokenizer.encode(_texts(task), config.english, max_length=length)
+    return _packed("source", tokens, length, tokenizer.pad_id, training)
+
+
+def _target_rows(parts: Parts, task: Classification, training: Training) -> Rows:
+    length, tokenizer = training.target_length, parts.target
+    tokens = tokenizer.encode(_texts(task), max_length=length)
+    return _packed("target", tokens, length, tokenizer.pad_id, training)
+
+
+def _packed(
+    stream: str, tokens: Sequence[np.ndarray], length: int, pad_id: int, training: Training
 ) -> Rows:
-    lengths = {"source": training.source_length, "target": training.target_length}
-    texts = [dict(zip(tokens, one, strict=True)) for one in zip(*tokens.values(), strict=True)]
-    return pack(texts, {name: lengths[name] for name in tokens}, pad_ids, packing=training.packing)
+    texts = [{stream: ids} for ids in tokens]
+    return pack(texts, {stream: length}, {stream: pad_id}, packing=training.packing)
 
 
 # ---------------------------------------------------------------- stage 2b: task distillation
@@ -307,13 +318,7 @@ def task_distillation(
         stack = with_trained(config, build_stack(config, parts, seed), adapted)
         if config.distillation.start == "stage1+teacher":
             add_difference(stack.llm, teacher.llm, parts.llm)
-        graph, trainable, frozen = nnx.split(stack, is_trained(config), ...)
-
-        def rows() -> Rows:
-            sources = parts.source.encode(
-                _texts(task), config.english, max_length=training.source_length
-            )
-            return _task_rows({"source": sources}, training, {"source": parts.source.pad_id})
+        graph, trainable, frozen = split(stack, is_trained(config))
 
         trained = fit(
             stage,
@@ -322,7 +327,7 @@ def task_distillation(
             objective=distillation_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=rows,
+            rows=lambda: _source_rows(config, parts, task, training),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
@@ -333,7 +338,7 @@ def task_distillation(
 
 def with_trained(config: MTLLM, model: Any, trained: nnx.State) -> Any:
     """The model with `trained` in the place of what learns."""
-    graph, _, frozen = nnx.split(model, is_trained(config), ...)
+    graph, _, frozen = split(model, is_trained(config))
     return nnx.merge(graph, trained, frozen)
 
 
@@ -341,7 +346,7 @@ def load_student(run: epath.Path, config: MTLLM, parts: Parts, num_classes: int)
     """What stage 2b of a run ended with. ValueError for weights that are missing or damaged."""
 
     def trained(model: Any, stage: str) -> Any:
-        _, fresh, _ = nnx.split(model, is_trained(config), ...)
+        _, fresh, _ = split(model, is_trained(config))
         return with_trained(config, model, load_params(run / stage / "params", fresh))
 
     teacher = trained(new_teacher(config, parts, num_classes, seed=0), "teacher")
@@ -386,7 +391,11 @@ def _teacher_vectors(
         mesh=job.mesh,
     )
     vectors_MD = run(parts.target.encode(_texts(task), max_length=job.config.teacher.target_length))
-    np.save(path, vectors_MD)
+    # Whole or not at all: a kill while writing leaves no file of this name.
+    unfinished = path.parent / f".{path.name}.unfinished"
+    with unfinished.open("wb") as file:
+        np.save(file, vectors_MD)
+    unfinished.replace(path)
     return vectors_MD
 
 
@@ -465,18 +474,11 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Classification) -> 
     training = config.mt_encoder
     with job.stage("mt_encoder", "baseline, MT encoder + head") as stage:
         encoder = copy(parts.encoder)
-        lora.attach(
-            encoder,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            targets=("all",),
-            rngs=nnx.Rngs(seed),
-        )
+        _attach(config, encoder, ("all",), seed)
         head = classification_head(encoder.config.width, len(task.labels), nnx.Rngs(seed + 1))
         model = EncoderClassifier(encoder, head)
         learns = nnx.Any(nnx.PathContains("head"), LoRAParam)
-        graph, trainable, frozen = nnx.split(model, learns, ...)
+        graph, trainable, frozen = split(model, learns)
         trained = fit(
             stage,
             "MT encoder",
@@ -484,15 +486,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Classification) -> 
             objective=encoder_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _task_rows(
-                {
-                    "source": parts.source.encode(
-                        _texts(task), config.english, max_length=training.source_length
-                    )
-                },
-                training,
-                {"source": parts.source.pad_id},
-            ),
+            rows=lambda: _source_rows(config, parts, task, training),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
