@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mtllm_jax import config as c
 from mtllm_jax.schema import to_dict
 
-# [ours] 24 languages in 13 scripts that CLDR covers well.
+# [ours] 24 languages in 12 scripts that CLDR covers well.
 LANGUAGES = (
     "deu_Latn", "fra_Latn", "spa_Latn", "por_Latn", "pol_Latn", "fin_Latn",
     "hun_Latn", "tur_Latn", "vie_Latn", "ind_Latn", "swh_Latn", "rus_Cyrl",
@@ -30,6 +30,7 @@ def mini() -> c.MTLLM:
         recipe="mtllm",
         name="mini",
         seed=0,
+        text_seed=0,
         encoder="",
         llm="",
         english="eng_Latn",

@@ -194,7 +194,10 @@ class MTLLM:
 
     recipe: Literal["mtllm"]
     name: str  # of the settings: mini, llama3-8b
-    seed: int
+    seed: int  # of all that training draws
+    # Of the embedded text and its splits, apart from `seed`: runs of several seeds share one test,
+    # and none of it lies in the dev split that settings were chosen on.
+    text_seed: int
     encoder: str  # Hugging Face folder of the MT model; "" = train the mini NLLB
     llm: str  # Hugging Face folder of the LLM; "" = train the mini Llama
     english: str  # FLORES-200 code of the language the LLM is adapted and trained in

@@ -39,7 +39,7 @@ class Job(Generic[Config]):
 
     def stage_seed(self, name: str) -> int:
         """A seed of its own for each stage and seed of the run, the same on every machine."""
-        return zlib.crc32(f"{self.seed}/{name}".encode())
+        return stage_seed(self.seed, name)
 
     @contextlib.contextmanager
     def stage(self, name: str, title: str) -> Iterator[StageFolder]:
@@ -65,3 +65,8 @@ class Job(Generic[Config]):
 def _peak_memory() -> int:
     """Bytes of main memory that this process held at most so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """A seed for what `name` draws in runs of `seed`: spread out, and the same on every machine."""
+    return zlib.crc32(f"{seed}/{name}".encode())

@@ -20,7 +20,7 @@ from mtllm_jax.inference import Vectors
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
-from mtllm_jax.recipes.job import Job
+from mtllm_jax.recipes.job import Job, stage_seed
 from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.tasks.classification import Classification, Row
 
@@ -62,7 +62,7 @@ def embedded_text(job: Job[MTLLM]) -> TextDataset:
         text = build_text(
             stage.path,
             languages=config.languages,
-            seed=job.stage_seed("text"),
+            seed=stage_seed(config.text_seed, "text"),
             sizes=config.text,
         )
         job.run.write_json("text.json", text.describe())
