@@ -41,7 +41,7 @@ class Training:
     packing: bool = True  # several texts per row, or one
     warmup: float = 0.1  # fraction of steps
     schedule: Literal["linear", "cosine"] = "cosine"
-    final_rate: float = 0.05  # learning rate at the last step, as a fraction of the peak
+    final_rate: float = 0.05  # where the decay ends after the last step, as a fraction of the peak
     weight_decay: float = 0.01  # on matrices; norms and biases are not decayed
     adam_b2: float = 0.999  # decay of the second moment
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping

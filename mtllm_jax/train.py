@@ -90,7 +90,10 @@ def train_step(
     if accumulation == 1:
         grads, terms = gradient(state.trainable, batch, key)
     else:
-        micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        # Every micro-batch takes rows of every device; cut into runs, each would lie on a few.
+        micro = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         keys = jax.random.split(key, accumulation)
 
         def add(total: Any, rows_and_key: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
@@ -234,6 +237,6 @@ class _Log:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["skipped"] else 0
         if self._skipped_in_a_row == self._MOST_SKIPPED:
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} steps in a row had a gradient that is not finite, "
-                f"the last of them step {step}."
+                f"{self._skipped_in_a_row} steps in a row were skipped, as their gradients are not "
+                f"finite or their batches empty, the last of them step {step}."
             )

@@ -11,9 +11,11 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from mtllm_jax.metrics import Console, duration
-from mtllm_jax.runfolder import RunFolder, StageFolder
+from mtllm_jax.runfolder import RunFolder, StageFolder, read_json, write_json
 
 Config = TypeVar("Config")
+
+_STARTS = "starts.json"  # what the starts of a stage so far have cost, its last one included
 
 
 @dataclasses.dataclass
@@ -46,7 +48,7 @@ class Job(Generic[Config]):
         """The folder of a stage, timed, and marked as done when its block ends.
 
         A stage done by an earlier start is announced in one line; its block still runs, and finds
-        its results there.
+        its results there. Its seconds are those of all starts that it was not killed in.
         """
         folder = self.run.stage(name)
         if folder.is_done():
@@ -54,11 +56,17 @@ class Job(Generic[Config]):
             self.console.print(f"✓ {title}  done before, in {duration(self.seconds[name])}")
             yield folder
             return
+        before = read_json(folder.path / _STARTS) if (folder.path / _STARTS).exists() else {}
         started = time.monotonic()
-        with self.console.stage(title):
-            yield folder
-        seconds = round(time.monotonic() - started, 2)
-        folder.finish({"seconds": seconds, "peak_memory_gb": round(_peak_memory() / 1e9, 3)})
+        try:
+            with self.console.stage(title):
+                yield folder
+        finally:
+            seconds = before.get("seconds", 0.0) + time.monotonic() - started
+            memory = max(before.get("peak_memory_gb", 0.0), _peak_memory() / 1e9)
+            spent = {"seconds": round(seconds, 2), "peak_memory_gb": round(memory, 3)}
+            write_json(folder.path / _STARTS, spent)
+        folder.finish(spent)
         self.stages[name] = folder.info()
 
 

@@ -36,6 +36,8 @@ from mtllm_jax.ops.vocab_loss import cross_entropy, label_places, sampled_vocabu
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.train import Objective, fit
 
+_LISTS_SHOWN = 20  # per language, to the tokenizer
+
 
 def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
     """Train the encoder–decoder on the embedded parallel names; returns its folder."""
@@ -49,12 +51,9 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
         languages = [job.config.english, *job.config.languages]
         tokenizer_folder = Path(stage.path / "tokenizer")
         if not tokenizer_folder.exists():
-            # From names alone: learnt from lists too, pieces would cross the borders of names in
-            # the scripts that write without spaces.
-            names = [pair for pair in pairs if pair["kind"] == "name"]
-            texts = [name["text"] for name in names] + [name["english"] for name in names]
+            names = _tokenizer_texts(pairs)
             with naming("mini_nllb.vocab_size"):
-                train_nllb_tokenizer(texts, languages, config.vocab_size, tokenizer_folder)
+                train_nllb_tokenizer(names, languages, config.vocab_size, tokenizer_folder)
         tokenizer = SourceTokenizer(tokenizer_folder)
         texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed)
         is_label_V = np.zeros(tokenizer.vocab_size, bool)
@@ -99,6 +98,20 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
         model = nnx.merge(graph, fixed, trained)
         save_nllb(model, folder, tokenizer_files_from=tokenizer_folder)
     return folder
+
+
+def _tokenizer_texts(pairs: Sequence[Any]) -> list[str]:
+    """All names, and of lists as few as show what joins them.
+
+    Learnt from many lists, pieces would cross the borders of names in scripts without spaces.
+    """
+    names = [pair for pair in pairs if pair["kind"] == "name"]
+    lists: dict[str, list[Any]] = collections.defaultdict(list)
+    for pair in pairs:
+        if pair["kind"] == "list" and len(lists[pair["language"]]) < _LISTS_SHOWN:
+            lists[pair["language"]].append(pair)
+    shown = [*names, *(pair for few in lists.values() for pair in few)]
+    return [pair["text"] for pair in shown] + [pair["english"] for pair in shown]
 
 
 def _translation_texts(
