@@ -60,7 +60,7 @@ class Checkpointer:
         warn: told in one sentence when `restore` had to leave checkpoints aside."""
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}; it must be at least 1.")
-        self._folder = epath.Path(folder)
+        self._folder = _absolute(folder)
         self._keep_last = keep_last
         self._warn = warn
         self._newest: int | None = None  # saved or restored by this object
@@ -231,7 +231,7 @@ class Checkpointer:
 
 def save_params(folder: epath.PathLike, tree: Any) -> None:
     """Write a tree of arrays as a checkpoint of its own, in place of what lies in `folder`."""
-    path = epath.Path(folder)
+    path = _absolute(folder)
     _start(path, {"state": tree}).result()
     if jax.process_index() == 0:
         _seal(path, {"leaves": _leaves(tree)})
@@ -239,7 +239,7 @@ def save_params(folder: epath.PathLike, tree: Any) -> None:
 
 def has_params(folder: epath.PathLike) -> bool:
     """Whether `save_params` finished here."""
-    return (epath.Path(folder) / _CHECKSUMS).exists()
+    return (_absolute(folder) / _CHECKSUMS).exists()
 
 
 def load_params(folder: epath.PathLike, abstract: Tree) -> Tree:
@@ -247,7 +247,7 @@ def load_params(folder: epath.PathLike, abstract: Tree) -> Tree:
 
     Raises ValueError if it is missing or damaged, or has other leaves, shapes or dtypes.
     """
-    path = epath.Path(folder)
+    path = _absolute(folder)
     try:
         about = _verify(path)
     except _Unusable as reason:
@@ -266,6 +266,12 @@ def tree_hash(tree: Any) -> str:
         total.update(f"{name} {_kind(array)}\n".encode())
         total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    """orbax refuses relative paths. What has a scheme, gs://, is absolute as it stands."""
+    path = epath.Path(folder)
+    return path if "://" in os.fspath(path) else path.absolute()
 
 
 def _context() -> ocp.Context:

@@ -118,6 +118,16 @@ def test_round_trip_is_bitwise(tmp_path):
     np.testing.assert_array_equal([next(again) for _ in range(9)], following)
 
 
+def test_a_relative_folder_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_steps(Path("checkpoints"), 3)
+    (found, step), said = restore(Path("checkpoints"))
+    assert (step, said) == (3, [])
+    assert_same(found, make_state(3))
+    save_params("params", make_state(3).trainable)
+    assert_same(load_params("params", make_state(0).trainable), make_state(3).trainable)
+
+
 def test_any_json_position_comes_back_as_it_was(tmp_path):
     class Position:
         state: Any = None
