@@ -60,7 +60,7 @@ def own_run(tmp_path_factory: pytest.TempPathFactory, mini_run: Path) -> Path:
 
 
 def _finished_run(folder: Path, *arguments: str) -> Path:
-    done = reduced.train(*reduced.ARGUMENTS, *arguments, f"--workdir={folder}", cwd=folder.parent)
+    done = reduced.train(*reduced.ARGUMENTS, *arguments, f"--workdir={folder.name}", cwd=folder.parent)
     if done.returncode or done.stderr:
         pytest.fail(f"the reduced run ended with {done.returncode}: {done.stdout}{done.stderr}")
     return folder
