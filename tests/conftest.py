@@ -60,7 +60,8 @@ def own_run(tmp_path_factory: pytest.TempPathFactory, mini_run: Path) -> Path:
 
 
 def _finished_run(folder: Path, *arguments: str) -> Path:
-    done = reduced.train(*reduced.ARGUMENTS, *arguments, f"--workdir={folder.name}", cwd=folder.parent)
+    workdir = f"--workdir={folder.name}"  # relative, as most are
+    done = reduced.train(*reduced.ARGUMENTS, *arguments, workdir, cwd=folder.parent)
     if done.returncode or done.stderr:
         pytest.fail(f"the reduced run ended with {done.returncode}: {done.stdout}{done.stderr}")
     return folder
