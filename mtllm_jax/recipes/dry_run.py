@@ -30,6 +30,7 @@ _SIZES = TextSizes(
     english=3000,
     adaptation=1000,
 )
+_ROWS_PER_LABEL = 100  # of a task's training rows
 _ROWS_PER_LANGUAGE = 100  # tokenised, to count what the vocabularies lack
 _ANSWERED_PER_LANGUAGE = 2  # by each system
 _SHOWN_TEXTS = 3
@@ -44,11 +45,14 @@ def dry_run(config: MTLLM, inputs: Inputs, console: Console) -> None:
     if inputs.adaptation_text is not None:
         texts = inputs.adaptation_text[: _SIZES.adaptation]
         inputs = dataclasses.replace(inputs, adaptation_text=texts)
+    if inputs.task is not None:
+        rows = first_of_each("label", inputs.task.train, _ROWS_PER_LABEL)
+        inputs = dataclasses.replace(inputs, task=dataclasses.replace(inputs.task, train=rows))
     with tempfile.TemporaryDirectory(prefix="mtllm-dry-run-") as path:
         job = Job(small, RunFolder(path, to_dict(small)), console, inputs.mesh, small.seed)
         made = train(job, inputs)
         with job.stage("evaluation", "evaluation of a few rows"):
-            rows = _per_language(_test_rows(made), _ANSWERED_PER_LANGUAGE)
+            rows = first_of_each("language", _test_rows(made), _ANSWERED_PER_LANGUAGE)
             answers = {name: predict(rows) for name, predict in build_systems(job, made).items()}
         job.run.close()
     _show_stage_1(small, made, console)
@@ -87,13 +91,13 @@ def _test_rows(made: Made) -> list[Row]:
     return list(itertools.chain.from_iterable(made.task.tests.values()))
 
 
-def _per_language(rows: Iterable[Row], count: int) -> list[Row]:
-    """The first `count` rows of each language."""
+def first_of_each(field: str, rows: Iterable[Row], count: int) -> list[Row]:
+    """The first `count` rows of each value of `field`, in their order."""
     seen: collections.Counter[str] = collections.Counter()
     chosen = []
     for row in rows:
-        seen[row["language"]] += 1
-        if seen[row["language"]] <= count:
+        seen[row[field]] += 1
+        if seen[row[field]] <= count:
             chosen.append(row)
     return chosen
 
