@@ -69,8 +69,8 @@ def run_main(
       schema: maps what a config file returned to its dataclass; None = no --config flag.
       resumes: whether the same command goes on after an interrupt; asked when one comes.
 
-    Exit codes: 0 done, or stopped by SIGTERM; 2 a user's mistake (one sentence on stderr); 130
-    Ctrl-C. Any other exception is a bug and keeps its traceback.
+    Exit codes: 0 done, or stopped by SIGTERM; 2 a user's mistake, or a training that diverged (one
+    sentence on stderr); 130 Ctrl-C. Any other exception is a bug and keeps its traceback.
     """
     quiet()
     raise_on_signal()
@@ -86,7 +86,7 @@ def run_main(
         if flags.FLAGS.is_parsed() and resumes():
             print(f"Go on with: {same_command()}", file=sys.stderr)
         code = last_stop().exit_code
-    except (ValueError, flags.Error, OSError) as error:
+    except (ValueError, flags.Error, OSError, FloatingPointError) as error:
         if not _is_users(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -235,6 +235,8 @@ def _load_json(path: epath.Path) -> dict[str, Any]:
         raise ValueError(f"{path}, line {error.lineno}, is not valid JSON: {error.msg}.") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; a config is a JSON object.")
     return values

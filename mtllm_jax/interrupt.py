@@ -9,8 +9,10 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -32,6 +34,7 @@ class Stop:
 
 _STOP = Stop()
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN_SECONDS = 0.05
 
 
 def last_stop() -> Stop:
@@ -45,9 +48,14 @@ def same_command() -> str:
 
 
 def raise_on_signal() -> None:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt: what holds outside training loops."""
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt: what holds outside training loops.
+
+    Where Python drops exceptions, in destructors and in callbacks of the garbage collector (jax has
+    one), the signal comes again a moment later.
+    """
     for signum in _SIGNALS:
         signal.signal(signum, _raise)
+    sys.unraisablehook = _dropped
 
 
 def quit_on_signal() -> None:
@@ -87,6 +95,18 @@ def _request(signum: int, frame: FrameType | None) -> None:
 def _raise(signum: int, frame: FrameType | None) -> None:
     _STOP.signum = signum
     raise KeyboardInterrupt
+
+
+def _dropped(unraisable: Any) -> None:
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None  # it runs
+    arguments = (main_thread, _STOP.signum)
+    again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, arguments)
+    again.daemon = True
+    again.start()
 
 
 def _quit(signum: int, frame: FrameType | None) -> None:

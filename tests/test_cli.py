@@ -168,10 +168,18 @@ def main(config):
     print(json.dumps(cli.to_dict(config)), flush=True)
     match ACTION.value:
         case "mistake": raise ValueError("the file\\nrows.jsonl is empty.")
+        case "diverged": raise FloatingPointError("10 steps in a row were skipped.")
         case "bug": {}["x"]
         case "library": json.loads("{")
         case "sleep":
             print("ready", flush=True)
+            time.sleep(60)
+        case "dropped":
+            class Slow:
+                def __del__(self):
+                    print("ready", flush=True)
+                    time.sleep(60)
+            Slow()
             time.sleep(60)
         case "loop" | "slow_loop": loop()
 
@@ -295,6 +303,7 @@ def test_a_runs_json_repeats_it_and_can_be_overridden(toy, tmp_path):
         (["stray"], ["'stray'"]),
         (["--", "--dry_run"], ["'--dry_run'"]),
         (["--action=mistake"], ["the file rows.jsonl is empty."]),
+        (["--action=diverged"], ["10 steps in a row were skipped."]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_and_exit_code_2(toy, arguments, words):
@@ -357,6 +366,12 @@ def test_outside_a_loop_it_stops_at_once(toy, signum, code):
         "stopped.",
         "Go on with: python toy.py --config=config.py --action=sleep",
     ]
+
+
+def test_it_stops_where_python_drops_exceptions(toy):
+    process = start(toy, "--config=config.py", "--action=dropped")
+    code, _, err = stop_when_ready(process, signal.SIGINT)
+    assert code == 130 and err.splitlines()[0] == "stopped." and "ignored" not in err
 
 
 def test_a_dry_run_has_nothing_to_go_on_with(toy):
