@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -92,15 +91,25 @@ def train_llama_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | o
 
 @contextlib.contextmanager
 def _new_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder whose files are moved to `folder` at the end, over older ones.
+    """An empty folder that becomes `folder` at the end: whole, or after a kill not at all.
 
-    transformers would read what lies in `folder` already, rather than the new model.
+    Where `folder` is there already its files are moved over older ones: transformers would read
+    those rather than the new model.
     """
-    with tempfile.TemporaryDirectory() as new:
-        yield Path(new)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for file in Path(new).iterdir():
-            shutil.move(file, Path(folder) / file.name)
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            for file in new.iterdir():
+                file.replace(folder / file.name)
+        else:
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _train_pieces(
@@ -165,6 +174,9 @@ class _Tokenizer:
     def __init__(self, folder: str | os.PathLike, **options: Any):
         self._folder = os.fspath(folder)
         self._tokenizer = _load(self._folder, **options)
+        if not hasattr(self._tokenizer, "backend_tokenizer"):
+            kind = type(self._tokenizer).__name__
+            raise ValueError(f"{folder} has a {kind}, which cannot be had as a tokenizer.json")
         self._backend = self._tokenizer.backend_tokenizer
         self._lock = threading.Lock()  # truncation is a state of the backend
         self.unk_id: int | None = self._tokenizer.unk_token_id
@@ -345,8 +357,8 @@ def _load(folder: str, **options: Any) -> Any:
     with _quiet():
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(": ")
+        except Exception as error:  # what tokenizers raises for a damaged file is no subclass
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
             raise ValueError(
                 f"{folder} has no tokenizer that transformers can read: {reason}"
             ) from None

@@ -73,11 +73,16 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][2]
 
-    def read(self, name: str) -> np.ndarray:
-        """float64, float32, float16 or (ml_dtypes) bfloat16, as on disk."""
-        path, dtype, shape, offset = self._entries[name]
+    def check_dtype(self, name: str) -> None:
+        """Raises ValueError for what `read` cannot read."""
+        path, dtype, _, _ = self._entries[name]
         if dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} is stored as {dtype}; it may be {', '.join(_DTYPES)}")
+
+    def read(self, name: str) -> np.ndarray:
+        """float64, float32, float16 or (ml_dtypes) bfloat16, as on disk."""
+        self.check_dtype(name)
+        path, dtype, shape, offset = self._entries[name]
         count = int(np.prod(shape, dtype=np.int64))
         return np.fromfile(path, _DTYPES[dtype], count, offset=offset).reshape(shape)
 
@@ -182,6 +187,7 @@ def match(
                 found = list(tensors.shape(stored[name]))
                 misshapen.append(f"{name} is {found}, by the config {list(shape)}")
             else:
+                tensors.check_dtype(stored[name])
                 plan[path].append(stored[name])
     used = {name for names in plan.values() for name in names}
     known = [*ignored, *aliases, *(other for others in aliases.values() for other in others)]

@@ -214,7 +214,7 @@ def test_bad_input(nllb, llama, source, tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer that transformers can read"):
         TargetTokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"vocab_size is 60; it must be \d+ or more"):
-        train_nllb_tokenizer(ALL, CODES, 60, tmp_path)
+        train_nllb_tokenizer(ALL, CODES, 60, tmp_path / "small")
     assert not any(tmp_path.iterdir())
     bare = tmp_path / "bare"
     bare.mkdir()
