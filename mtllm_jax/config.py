@@ -29,6 +29,22 @@ def naming(field: str) -> Iterator[None]:
         raise ValueError(f"config.{field}: {str(error).rstrip('.')}.") from None
 
 
+def _require_sizes(where: str, group: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        size = getattr(group, name)
+        require(size >= 1, f"{where}.{name}", size, "at least 1")
+
+
+def _require_divisor(where: str, group: object, name: str, of: str) -> None:
+    value, whole = getattr(group, name), getattr(group, of)
+    require(whole % value == 0, f"{where}.{name}", value, f"a divisor of {of}, {whole}")
+
+
+def _require_noise(where: str, position: float, text: float) -> None:
+    require(position >= 0, f"{where}.noise_position", position, "0 (none) or above")
+    require(text >= 0, f"{where}.noise_text", text, "0 (none) or above")
+
+
 @dataclass(frozen=True)
 class Training:
     """How one stage is trained: AdamW with a warmed-up schedule over packed rows."""
@@ -54,6 +70,10 @@ class Training:
         require(self.batch_rows >= 1, f"{where}.batch_rows", self.batch_rows, "at least 1")
         require(self.learning_rate > 0, f"{where}.learning_rate", self.learning_rate, "above 0")
         require(0 <= self.warmup <= 1, f"{where}.warmup", self.warmup, "a fraction from 0 to 1")
+        final_rate = self.final_rate
+        require(0 <= final_rate <= 1, f"{where}.final_rate", final_rate, "a fraction from 0 to 1")
+        require(self.weight_decay >= 0, f"{where}.weight_decay", self.weight_decay, "0 or above")
+        require(0 <= self.adam_b2 < 1, f"{where}.adam_b2", self.adam_b2, "from 0 to below 1")
         require(self.clip_norm >= 0, f"{where}.clip_norm", self.clip_norm, "0 (off) or above")
         for name in ("accumulation", "checkpoint_every"):
             value = getattr(self, name)
@@ -99,8 +119,22 @@ class MiniNLLB:
     negatives: int  # pieces that never occur in targets, sampled per step into the softmax
 
     def check(self) -> None:
-        share = self.english_share
+        sizes = (
+            "vocab_size",
+            "width",
+            "num_heads",
+            "ffn_width",
+            "encoder_layers",
+            "decoder_layers",
+        )
+        _require_sizes("mini_nllb", self, sizes)
+        require(self.width % 2 == 0, "mini_nllb.width", self.width, "an even number")
+        _require_divisor("mini_nllb", self, "num_heads", "width")
+        share, hidden = self.english_share, self.memory_dropout
         require(0 <= share < 1, "mini_nllb.english_share", share, "from 0 to below 1")
+        require(0 <= hidden <= 1, "mini_nllb.memory_dropout", hidden, "a fraction from 0 to 1")
+        require(self.negatives >= 0, "mini_nllb.negatives", self.negatives, "0 or above")
+        _require_noise("mini_nllb", self.noise_position, self.noise_text)
 
 
 @dataclass(frozen=True)
@@ -116,11 +150,15 @@ class MiniLlama:
     ffn_width: int
 
     def check(self) -> None:
+        sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "ffn_width")
+        _require_sizes("mini_llama", self, sizes)
+        _require_divisor("mini_llama", self, "num_heads", "width")
+        _require_divisor("mini_llama", self, "num_kv_heads", "num_heads")
         require(
-            self.width % self.num_heads == 0,
-            "mini_llama.num_heads",
-            self.num_heads,
-            f"a divisor of width, {self.width}",
+            self.width // self.num_heads % 2 == 0,
+            "mini_llama.width",
+            self.width,
+            f"an even number for each of {self.num_heads} heads",
         )
 
 
@@ -144,6 +182,12 @@ class Adaptation:
     subword_sampling: float = 0.0  # sentencepiece's alpha for the encoder side; 0 = none
     samplings: int = 1  # segmentations of each text
 
+    def check(self) -> None:
+        _require_noise("adaptation", self.noise_position, self.noise_text)
+        alpha = self.subword_sampling
+        require(0 <= alpha <= 1, "adaptation.subword_sampling", alpha, "from 0 to 1")
+        require(self.samplings >= 1, "adaptation.samplings", self.samplings, "at least 1")
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -153,6 +197,9 @@ class Distillation:
     start: Literal["stage1", "stage1+teacher"]  # the latter adds what the teacher learnt in 2a
     noise_position: float = 0.0
     noise_text: float = 0.0
+
+    def check(self) -> None:
+        _require_noise("distillation", self.noise_position, self.noise_text)
 
 
 @dataclass(frozen=True)
@@ -223,9 +270,11 @@ class MTLLM:
     remat: Literal["none", "full", "dots"]  # what the backward pass recomputes
 
     def __post_init__(self) -> None:
-        check_language(self.english)
-        for code in self.languages:
-            check_language(code)
+        with naming("english"):
+            check_language(self.english)
+        with naming("languages"):
+            for code in self.languages:
+                check_language(code)
         require(len(self.languages) > 0, "languages", self.languages, "at least one code")
         require(
             len(set(self.languages)) == len(self.languages),
@@ -248,7 +297,13 @@ class MTLLM:
         if self.text is not None:
             for name, size in dataclasses.asdict(self.text).items():
                 require(size >= 1, f"text.{name}", size, "at least 1")
-        for group in (self.mini_nllb, self.mini_llama, self.evaluation):
+        for group in (
+            self.mini_nllb,
+            self.mini_llama,
+            self.adaptation,
+            self.distillation,
+            self.evaluation,
+        ):
             if group is not None:
                 group.check()
         for where, training in self.stages().items():

@@ -10,6 +10,7 @@ import reduced
 
 from mtllm_jax.cli import load_config
 from mtllm_jax.config import MTLLM
+from mtllm_jax.recipes.dry_run import first_of_each
 from mtllm_jax.recipes.inputs import idle_fields, read_inputs
 from mtllm_jax.schema import resolve
 
@@ -138,6 +139,28 @@ def test_a_model_folder_without_one_of_its_files(tmp_path, own, field, absent):
     assert ("tokenizer" if absent == "tokenizer.json" else absent) in message
 
 
+def test_tokenizers_that_cannot_be_read(tmp_path, own):
+    folder = copy(Path(own["llm"]), tmp_path / "damaged", without="tokenizer.json")
+    (folder / "tokenizer.json").write_text('{"model": 1}')
+    message = refusal(own | {"llm": str(folder)})
+    assert message.startswith(f"config.llm: {folder} has no tokenizer that transformers can read")
+    # One that is written in Python: M2M100 had such a one before NLLB.
+    folder = copy(Path(own["llm"]), tmp_path / "python", without="tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    message = refusal(own | {"llm": str(folder)})
+    assert message.startswith(f"config.llm: {folder} has a ByT5Tokenizer")
+
+
+def test_weights_of_a_dtype_that_is_not_read(tmp_path, own):
+    from safetensors.numpy import load_file, save_file
+
+    folder = copy(Path(own["llm"]), tmp_path / "copy", without="model.safetensors")
+    tensors = load_file(Path(own["llm"]) / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype("int8")
+    save_file(tensors, folder / "model.safetensors")
+    assert "model.norm.weight is stored as I8" in refusal(own | {"llm": str(folder)})
+
+
 def test_an_encoder_whose_decoder_is_missing_is_refused_though_only_the_last_stage_reads_it(
     tmp_path, own
 ):
@@ -251,6 +274,36 @@ def test_lengths_that_a_stage_needs():
         config({"teacher.target_length": 0})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("teacher.adam_b2", 1.0),
+        ("teacher.final_rate", 1.5),
+        ("teacher.weight_decay", -0.1),
+        ("adaptation.samplings", 0),
+        ("adaptation.subword_sampling", 1.1),
+        ("adaptation.noise_text", -1.0),
+        ("distillation.noise_position", -1.0),
+        ("mini_nllb.memory_dropout", 1.1),
+        ("mini_nllb.negatives", -1),
+        ("mini_nllb.decoder_layers", 0),
+        ("mini_nllb.num_heads", 3),
+        ("mini_llama.num_heads", 0),
+        ("mini_llama.num_kv_heads", 3),
+        ("mini_llama.width", 100),
+    ],
+)
+def test_values_that_would_stop_a_later_stage(field, value):
+    with pytest.raises(ValueError, match=rf"^config\.{field} is {value}; it must be .*[^.]\.$"):
+        config({field: value})
+
+
+def test_unknown_languages_are_named_with_their_field():
+    for field, value in (("languages", ["deu_Latn", "german"]), ("english", "english")):
+        with pytest.raises(ValueError, match=rf"^config\.{field}: .* the nearest are \w+, \w+, "):
+            config({field: value})
+
+
 # ---------------------------------------------------------------- what has no effect
 
 
@@ -267,11 +320,16 @@ def test_fields_without_effect_are_named(own):
         " (config.encoder names the model); config.task.name (config.task.train is not given)."
     )
     everything = config(own)
-    given = ["text.english", "evaluation.split", "languages", "mini_llama.vocab_size"]
+    given = ["text.english", "text_seed", "evaluation.split", "languages", "mini_llama.width"]
     assert all(f"config.{name}" in idle_fields(everything, given) for name in given)
 
 
 # ---------------------------------------------------------------- the dry run
+
+
+def test_the_dry_run_takes_a_part_of_a_large_task():
+    rows = [{"label": label, "id": str(i)} for i, label in enumerate("aabab" * 3)]
+    assert [row["id"] for row in first_of_each("label", rows, 2)] == ["0", "1", "2", "4"]
 
 
 def test_the_dry_run_shows_rows_and_costs_and_leaves_nothing(tmp_path, own):

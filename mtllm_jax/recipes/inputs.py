@@ -99,7 +99,7 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
     if config.llm:
         reasons["mini_llama"] = "config.llm names the model"
     if not config.uses_embedded_text():
-        reasons["text"] = "models, texts and task are your own"
+        reasons |= dict.fromkeys(("text", "text_seed"), "models, texts and task are your own")
     if config.task.train:
         reasons["evaluation.split"] = "config.task.test is what is evaluated"
         if config.encoder:
