@@ -23,7 +23,7 @@ RECIPES = {"mtllm": (MTLLM, "mtllm_jax.recipes.mtllm")}
 def schema(values: Mapping[str, Any]) -> type:
     """The config class of the recipe that a config file names."""
     recipe = values.get("recipe")
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ValueError(f"config.recipe is {recipe!r}; it must be one of {', '.join(RECIPES)}.")
     return RECIPES[recipe][0]
 

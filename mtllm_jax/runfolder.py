@@ -152,13 +152,15 @@ def differing_fields(old: Any, new: Any) -> list[str]:
 
 
 def read_json(path: epath.Path) -> Any:
-    """Read one JSON file; ValueError names the file and the line if it is not JSON."""
+    """Read one JSON file; ValueError names the file, and the line if it is not JSON."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, is not valid JSON: {error.msg}.") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def write_json(path: epath.Path, value: Any) -> None:

@@ -62,3 +62,6 @@ def test_an_unknown_recipe_name_is_answered_with_the_known_ones(tmp_path):
     code, out, err = train(tmp_path, CONFIG, "--config.recipe=sdrl")
     assert (code, out) == (2, "") and "config.recipe" in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "config.json").write_text('{"recipe": ["mtllm"]}')
+    code, out, err = train(tmp_path, "--config=config.json")
+    assert (code, out) == (2, "") and "config.recipe" in err and err.count("\n") == 1

@@ -94,7 +94,7 @@ def test_differing_fields(old, new, expected):
     assert differing_fields(old, new) == expected
 
 
-@pytest.mark.parametrize("kind", ["foreign", "file", "below a file", "broken", "forbidden"])
+@pytest.mark.parametrize("kind", ["foreign", "file", "below a file", "broken", "odd", "forbidden"])
 def test_a_path_that_is_no_run_is_refused_untouched(tmp_path, kind):
     path = tmp_path / "here"
     if kind == "foreign":
@@ -105,6 +105,9 @@ def test_a_path_that_is_no_run_is_refused_untouched(tmp_path, kind):
         path.mkdir()
         (path / "config.json").write_text('{"seed": 0,\n')
         words = "config.json, line"
+    elif kind == "odd":
+        (path / "config.json").mkdir(parents=True)
+        words = "config.json cannot be read: Is a directory"
     elif kind == "forbidden":
         path, words = Path("/proc/here"), "cannot be written to"
     else:
@@ -113,7 +116,7 @@ def test_a_path_that_is_no_run_is_refused_untouched(tmp_path, kind):
         if kind == "below a file":
             path, words = path / "run", "cannot be written to: Not a directory"
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=r"^workdir|/config.json, line ") as raised:
+    with pytest.raises(ValueError, match=r"^workdir|/config.json(,| cannot be) ") as raised:
         RunFolder(path, CONFIG)
     assert words in str(raised.value) and "\n" not in str(raised.value)
     assert snapshot(tmp_path) == before
