@@ -161,18 +161,6 @@ class TextDataset:
         """
         return json.loads(json.dumps(dict(self._builder.info.metadata)))
 
-    def preview(self, languages: Sequence[str], num_rows: int = 3) -> dict[str, list[Row]]:
-        """The first rows of every split in each of `languages` (English where that is all)."""
-        shown = {}
-        for split in SPLITS:
-            rows = list(self[split])
-            codes = (
-                languages if any(r.get("language", ENGLISH) != ENGLISH for r in rows) else [ENGLISH]
-            )
-            of_code = {c: [r for r in rows if r.get("language", ENGLISH) == c] for c in codes}
-            shown[split] = [row for code in codes for row in of_code[code][:num_rows]]
-        return shown
-
 
 def build_text(
     folder: str | os.PathLike,

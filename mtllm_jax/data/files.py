@@ -91,20 +91,6 @@ def label_names(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(sorted({row["label"] for row in rows}))
 
 
-def check_same_labels(
-    train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], where: str
-) -> None:
-    """Raises ValueError where test rows hold a label that training never shows.
-
-    A label that only training has is fine: a small test set need not show every class. `where`
-    names the test rows in the error (a file, a language).
-    """
-    known = label_names(train_rows)
-    for label in label_names(test_rows):
-        if label not in known:
-            raise ValueError(f"{where}: {_unknown_label(label, known)}, as in the training rows.")
-
-
 class Texts:
     """Texts in memory by number, as grain's random-access sources are. `files`: where from."""
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtllm_jax.data.files import check_same_labels, label_names, read_rows, read_texts
+from mtllm_jax.data.files import label_names, read_rows, read_texts
 
 COLUMNS = {"text": str, "label": str, "language": str}
 LABELS = ("negative", "neutral", "positive")
@@ -283,13 +283,6 @@ def test_a_whole_number_column(tmp_path):
     path = write(tmp_path, "r.csv", "text,label\na,1\nb,x\n")
     message = error(path, columns={"text": str, "label": int})
     assert message == "line 3: the label is 'x', it must be a whole number."
-
-
-def test_check_same_labels():
-    train = [{"label": label} for label in LABELS]
-    check_same_labels(train, [{"label": "neutral"}], "quz.csv")
-    with pytest.raises(ValueError, match=r"^quz.csv: the label is 'Neutral', .*nearest: 'neutral'"):
-        check_same_labels(train, [{"label": "Neutral"}], "quz.csv")
 
 
 # ---- texts ----
