@@ -5,7 +5,8 @@
         --config.encoder=NLLB --config.llm=LLM2VEC_LLAMA --config.adaptation_text=TEXT \\
         --config.task.train=TRAIN --config.task.test=TEST
 
-Every value says where it comes from: [code] the authors' public code, [ours] our own choice.
+Where values come from: [code] the authors' public code, [ours] our own choice, as is what has no
+tag.
 """
 
 import dataclasses
