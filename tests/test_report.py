@@ -284,10 +284,13 @@ frame.onload = () => {{
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser(tmp_path, width):
+@pytest.mark.parametrize("made_by", ["write_report", "a run"])
+def test_in_a_browser(request, tmp_path, width, made_by):
     """Nothing sticks out at a phone's width or a desk's, and the console stays silent."""
-    report(tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    if made_by == "write_report":
+        report(tmp_path)
+    folder = request.getfixturevalue("mini_run") if made_by == "a run" else tmp_path
+    page = (folder / "report.html").read_text(encoding="utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(MEASURE.format(width=width, page=html.escape(page)), encoding="utf-8")
     ran = subprocess.run(
