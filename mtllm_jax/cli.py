@@ -8,7 +8,6 @@ import ast
 import errno
 import importlib.util
 import inspect
-import json
 import logging
 import os
 import re
@@ -33,6 +32,7 @@ from mtllm_jax.interrupt import (
     raise_on_signal,
     same_command,
 )
+from mtllm_jax.runfolder import read_json
 from mtllm_jax.schema import (
     field_kinds,
     is_optional,
@@ -229,14 +229,7 @@ def _require_file(path: epath.Path | Path) -> None:
 
 def _load_json(path: epath.Path) -> dict[str, Any]:
     _require_file(path)
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, is not valid JSON: {error.msg}.") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text.") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; a config is a JSON object.")
     return values

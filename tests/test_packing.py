@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtllm_jax.data.packing import STREAMS, pack, padded
+from mtllm_jax.data.packing import pack, padded
 
 PAD_IDS = {"source": 1, "target": 0}
 LENGTHS = {"source": 12, "target": 9}
 
+STREAMS = ("source", "target")
 
 def texts_of(sizes, streams=STREAMS):
     """One text per entry of `sizes`; its tokens are found nowhere else, so that none can stray."""

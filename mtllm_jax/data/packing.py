@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import grain
 import numpy as np
 
-STREAMS = ("source", "target")
 _OPEN_ROWS = 32  # rows that first-fit keeps open: more fill better, and mix order further
 
 
