@@ -12,6 +12,7 @@ LENGTHS = {"source": 12, "target": 9}
 
 STREAMS = ("source", "target")
 
+
 def texts_of(sizes, streams=STREAMS):
     """One text per entry of `sizes`; its tokens are found nowhere else, so that none can stray."""
     counter = 100
