@@ -16,16 +16,20 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
+
+from mtllm_jax import sharding
 
 KeyTable = Mapping[str, str]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -37,6 +41,16 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "sentencepiece.bpe.model", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to be written: its size is known before, its values only when `read` is called."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
 
 def read_config(folder: str | os.PathLike, model_types: Sequence[str]) -> dict[str, Any]:
@@ -134,12 +148,14 @@ def load_into(
     table: KeyTable,
     dtype: DTypeLike = jnp.float32,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     aliases: Mapping[str, Sequence[str]] = {},
     ignored: Iterable[str] = (),
 ) -> Module:
     """`module` (from `nnx.eval_shape`) with its parameters read from `tensors`, in `dtype`.
 
-    The other arguments and the errors are those of `match`.
+    mesh: where they go, by `sharding.shardings`; None = the first device. The other arguments and
+    the errors are those of `match`.
     """
     plan = match(module, tensors, table, aliases=aliases, ignored=ignored)
     graph, state = nnx.split(module)
@@ -151,7 +167,8 @@ def load_into(
         for row, name in zip(rows, plan[path], strict=True):
             row[...] = _transposed(path, tensors.read(name))
         flat.append((keys, value.replace(jnp.asarray(array))))
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    filled = nnx.from_flat_state(flat)
+    return nnx.merge(graph, filled if mesh is None else sharding.place(filled, mesh))
 
 
 def match(
@@ -204,22 +221,32 @@ def match(
     return plan
 
 
-def export_tensors(module: nnx.Module, table: KeyTable) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor in the table, in torch's layout: the inverse of `load_into`."""
+def export_tensors(module: nnx.Module, table: KeyTable) -> list[OutTensor]:
+    """Every tensor in the table, in torch's layout: the inverse of `load_into`.
+
+    ValueError for parameters that the table does not name.
+    """
     parameters = {_path(keys): value for keys, value in nnx.to_flat_state(nnx.state(module))}
     if unknown := sorted(parameters.keys() - table.keys()):
         raise ValueError(f"parameters without a Hugging Face name: {_some(unknown)} (merge LoRA?)")
-    for path, pattern in table.items():
-        array = np.asarray(parameters[path][...])
-        rows = array if "{layer}" in pattern else array[None]
-        for row, (name, _) in zip(rows, _tensors_of(path, pattern, array.shape), strict=True):
-            yield name, _transposed(path, row)
+    return [tensor for path in table for tensor in _out(path, table[path], parameters[path])]
+
+
+def _out(path: str, pattern: str, parameter: nnx.Variable) -> Iterator[OutTensor]:
+    value = parameter[...]
+    stacked = "{layer}" in pattern
+    for layer, (name, shape) in enumerate(_tensors_of(path, pattern, value.shape)):
+
+        def read(layer: int = layer) -> np.ndarray:
+            return _transposed(path, np.asarray(value[layer] if stacked else value))
+
+        yield OutTensor(name, shape, np.dtype(value.dtype), read)
 
 
 def write_folder(
     folder: str | os.PathLike,
     config: Mapping[str, Any],
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Sequence[OutTensor],
     *,
     generation_config: Mapping[str, Any] | None = None,
     tokenizer_files_from: str | os.PathLike | None = None,
@@ -237,7 +264,7 @@ def write_folder(
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-partial-", dir=folder.parent))
     try:
         partial.chmod(0o755)
-        arrays = {name: np.ascontiguousarray(array) for name, array in tensors}
+        arrays = {tensor.name: np.ascontiguousarray(tensor.read()) for tensor in tensors}
         save_file(arrays, partial / _WEIGHTS, metadata={"format": "pt"})
         _write_json(partial / "config.json", config)
         if generation_config is not None:

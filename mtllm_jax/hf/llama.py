@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -54,16 +55,18 @@ def load_llama(
     folder: str | os.PathLike,
     dtype: DTypeLike = jnp.float32,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
 ) -> Llama:
     """The model of a Hugging Face folder, its parameters in `dtype` whatever they are on disk.
 
+    mesh: the devices that the parameters are laid over; None = the first device.
     ValueError, before any weight is read, for a folder, field or tensor that does not fit.
     """
     config = dataclasses.replace(_config(folder), remat=remat, unroll_layers=unroll_layers)
     module, tensors, table, options = _to_fill(config, folder)
-    return load_into(module, tensors, table, dtype, **options)
+    return load_into(module, tensors, table, dtype, mesh=mesh, **options)
 
 
 def check_llama(folder: str | os.PathLike) -> LlamaConfig:

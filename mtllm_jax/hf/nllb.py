@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -78,15 +79,19 @@ def load_nllb(
     *,
     with_decoder: bool = True,
     dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
 ) -> NLLB:
-    """The model of a folder, parameters in `dtype`. ValueError tells what does not fit."""
+    """The model of a folder, parameters in `dtype`. ValueError tells what does not fit.
+
+    mesh: the devices that the parameters are laid over; None = the first device.
+    """
     config = replace(config_from_hf(folder), remat=remat, unroll_layers=unroll_layers)
     if not with_decoder:
         config = replace(config, decoder_layers=0)
     return load_into(
-        _abstract(config), Tensors(folder), key_table(config), dtype, **_options(config)
+        _abstract(config), Tensors(folder), key_table(config), dtype, mesh=mesh, **_options(config)
     )
 
 
