@@ -1,4 +1,4 @@
-"""A finished run in Python: texts in any language of its MT encoder → vectors and labels.
+"""A trained stack in Python: texts in any language of its encoder → vectors and labels.
 
 M texts, D LLM width, C classes.
 """
@@ -8,41 +8,50 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from etils import epath
+from jax.typing import DTypeLike
 
 from mtllm_jax import sharding
-from mtllm_jax.config import MTLLM, Mesh
+from mtllm_jax.config import Mesh
+from mtllm_jax.data.tokenise import SourceTokenizer
 from mtllm_jax.inference import Vectors
+from mtllm_jax.models.layers import Linear
+from mtllm_jax.models.stack import Stack
 from mtllm_jax.recipes import stacking
-from mtllm_jax.runfolder import read_json
-from mtllm_jax.schema import resolve
+from mtllm_jax.recipes.finished import open_run
 
 
 class Model:
-    """The stack of a finished run and its head. Made by `load`.
+    """A stack, and the head of its task where it has one. Made by `load`.
 
-    labels: the task's, in the order of their ids. languages: the FLORES-200 codes that texts may
-    be in, those of the MT encoder; how well it reads each is another matter.
+    labels: the task's, in the order of their ids; none for a stack without a task. languages: the
+    FLORES-200 codes that texts may be in, those of the encoder; how well it reads each is another
+    matter.
     """
 
     def __init__(
         self,
-        config: MTLLM,
-        parts: stacking.Parts,
-        student: stacking.StackClassifier,
+        stack: Stack,
+        tokenizer: SourceTokenizer,
+        *,
+        head: Linear | None,
         labels: Sequence[str],
+        causal: bool,
+        dtype: DTypeLike,
+        max_length: int,
         batch_rows: int,
+        mesh: jax.sharding.Mesh,
     ):
         self.labels = tuple(labels)
-        self.languages = parts.source.languages
-        self._tokenizer = parts.source
-        self._max_length = config.evaluation.max_length
-        self._head_DC = np.asarray(student.head.kernel[...], np.float32)
+        self.languages = tokenizer.languages
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._width = stack.llm.config.width
+        self._head_DC = None if head is None else np.asarray(head.kernel[...], np.float32)
         self._run = Vectors(
-            *stacking.stack_forward(config, student),
-            pad_id=parts.source.pad_id,
+            *stacking.stack_forward(stack, causal=causal, dtype=dtype),
+            pad_id=tokenizer.pad_id,
             batch_rows=batch_rows,
-            mesh=sharding.make_mesh(Mesh(1, 1, 1), jax.devices()[:1]),
+            mesh=mesh,
         )
 
     def encode(self, texts: Sequence[str], lang: str | Sequence[str]) -> np.ndarray:
@@ -59,11 +68,16 @@ class Model:
                 raise ValueError(f"texts[{i}] is {text!r}; it must be a str.")
         tokens = self._tokenizer.encode(texts, lang, max_length=self._max_length)
         if not tokens:
-            return np.empty((0, len(self._head_DC)), np.float32)
+            return np.empty((0, self._width), np.float32)
         return self._run(tokens)
 
     def classify(self, texts: Sequence[str], lang: str | Sequence[str]) -> list[dict[str, float]]:
-        """For each text the probability of every label, the likeliest first; as `encode`."""
+        """For each text the probability of every label, the likeliest first; as `encode`.
+
+        ValueError also for a stack without a classification head.
+        """
+        if self._head_DC is None:
+            raise ValueError("this stack has no classification head; `encode` gives its vectors.")
         logits_MC = self.encode(texts, lang) @ self._head_DC
         odds_MC = np.exp(logits_MC - logits_MC.max(axis=1, keepdims=True, initial=-np.inf))
         answers = []
@@ -79,23 +93,17 @@ def load(folder: str | os.PathLike[str], *, batch_rows: int = 32) -> Model:
     folder: the run's --workdir. batch_rows: texts in one forward pass. Raises ValueError for what
     is not the folder of such a run, or where weights or model folders are missing or damaged.
     """
-    path = epath.Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; it must be the folder of a finished run.")
-    if not (path / "config.json").exists():
-        raise ValueError(f"{path} holds no config.json, so it is not the folder of a run.")
-    values = read_json(path / "config.json")
-    if not isinstance(values, dict) or values.get("recipe") != "mtllm":
-        raise ValueError(f"{path / 'config.json'} is not the config of a run of MT-LLM.")
-    if not (path / "distillation" / "done.json").exists():
-        raise ValueError(
-            f"{path} is a run that has not finished its training; go on with it by python"
-            f" launch/train.py --config={path / 'config.json'} --workdir={path}."
-        )
-    config = resolve(MTLLM, values)
-    about = read_json(path / "model.json")
-    # A folder inside the run is named relative to it, so that the run can be moved.
-    encoder_folder, llm_folder = path / about["encoder"], path / about["llm"]
-    parts = stacking.load_parts(config, encoder_folder, llm_folder)
-    student = stacking.load_student(path, config, parts, len(about["labels"]))
-    return Model(config, parts, student, about["labels"], batch_rows)
+    mesh = sharding.make_mesh(Mesh(1, 1, 1), jax.devices()[:1])
+    run = open_run(folder)
+    parts, _, student = run.load(mesh)
+    return Model(
+        student.stack,
+        parts.source,
+        head=student.head,
+        labels=run.labels,
+        causal=not run.config.bidirectional,
+        dtype=run.config.compute_dtype,
+        max_length=run.config.evaluation.max_length,
+        batch_rows=batch_rows,
+        mesh=mesh,
+    )

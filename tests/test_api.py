@@ -41,7 +41,7 @@ def test_vectors_are_those_of_the_stages_that_made_the_run(run, model):
     folder = RunFolder(run, to_dict(config))
     made = systems.train(Job(config, folder, Console(io.StringIO()), inputs.mesh, 0), inputs)
     folder.close()
-    forward = stacking.stack_forward(config, made.student)
+    forward = stacking.stack_forward(made.student.stack, causal=False, dtype=config.compute_dtype)
     pad_id = made.parts.source.pad_id
     vectors = Vectors(*forward, pad_id=pad_id, batch_rows=8, mesh=inputs.mesh)
     expected = vectors(made.parts.source.encode(TEXTS, LANGUAGES))

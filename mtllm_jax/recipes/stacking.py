@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from mtllm_jax.checkpoint import load_params
 from mtllm_jax.config import MTLLM, Training
@@ -46,10 +47,17 @@ class Parts:
 
 
 def load_parts(
-    config: MTLLM, encoder_folder: os.PathLike[str], llm_folder: os.PathLike[str]
+    config: MTLLM,
+    encoder_folder: os.PathLike[str],
+    llm_folder: os.PathLike[str],
+    mesh: jax.sharding.Mesh | None,
 ) -> Parts:
-    """Both models and tokenizers."""
-    options: dict[str, Any] = {"remat": config.remat, "unroll_layers": config.unroll_layers}
+    """Both models, laid over the devices of `mesh` (None: the first), and tokenizers."""
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "remat": config.remat,
+        "unroll_layers": config.unroll_layers,
+    }
     dtype = jnp.dtype(config.frozen_dtype)
     return Parts(
         source=SourceTokenizer(encoder_folder),
@@ -342,8 +350,13 @@ def with_trained(config: MTLLM, model: Any, trained: nnx.State) -> Any:
     return nnx.merge(graph, trained, frozen)
 
 
-def load_student(run: epath.Path, config: MTLLM, parts: Parts, num_classes: int) -> StackClassifier:
-    """What stage 2b of a run ended with. ValueError for weights that are missing or damaged."""
+def load_trained(
+    run: epath.Path, config: MTLLM, parts: Parts, num_classes: int
+) -> tuple[LLMClassifier, StackClassifier]:
+    """What stages 2a and 2b of a run ended with: the task's teacher and the student.
+
+    ValueError for weights that are missing or damaged.
+    """
 
     def trained(model: Any, stage: str) -> Any:
         _, fresh, _ = split(model, is_trained(config))
@@ -354,7 +367,7 @@ def load_student(run: epath.Path, config: MTLLM, parts: Parts, num_classes: int)
     if config.distillation.start == "stage1+teacher":
         # For the frozen weights' sake, beside adapters: what learnt is read in the next line.
         add_difference(stack.llm, teacher.llm, parts.llm)
-    return StackClassifier(trained(stack, "distillation"), teacher.head)
+    return teacher, StackClassifier(trained(stack, "distillation"), teacher.head)
 
 
 def add_difference(student: Llama, tuned: Llama, base: Llama) -> None:
@@ -419,19 +432,13 @@ def llm_forward(config: MTLLM, model: LLMClassifier) -> tuple[Forward, Any]:
     return forward, state
 
 
-def stack_forward(config: MTLLM, model: StackClassifier) -> tuple[Forward, Any]:
+def stack_forward(stack: Stack, *, causal: bool, dtype: DTypeLike) -> tuple[Forward, Any]:
     """(forward, state): tokens of the encoder → the stack's pooled state [B, D]."""
-    graph, state = nnx.split(model.stack)
+    graph, state = nnx.split(stack)
 
     def forward(state: Any, ids_BS: Array, segments_BS: Array) -> Array:
         stack: Stack = nnx.merge(graph, state)
-        return stack.pooled(
-            ids_BS,
-            segments_BS,
-            1,
-            causal=not config.bidirectional,
-            dtype=jnp.dtype(config.compute_dtype),
-        )[:, 0]
+        return stack.pooled(ids_BS, segments_BS, 1, causal=causal, dtype=dtype)[:, 0]
 
     return forward, state
 

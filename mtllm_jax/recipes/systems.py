@@ -47,7 +47,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     encoder_folder = Path(config.encoder or mini_models.mini_nllb(job, text()))
     llm_folder = Path(config.llm or mini_models.mini_llama(job, text()))
     describe_model(job.run, task, encoder_folder, llm_folder)
-    parts = stacking.load_parts(config, encoder_folder, llm_folder)
+    parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh)
     adapted = stacking.general_adaptation(job, parts, english)
     teacher = stacking.task_teacher(job, parts, task)
     student = stacking.task_distillation(job, parts, task, adapted, teacher)
@@ -124,7 +124,9 @@ def build_systems(job: Job[MTLLM], made: Made) -> dict[str, Predict]:
     def llm_tokens(texts: Sequence[str]) -> list[np.ndarray]:
         return parts.target.encode(texts, max_length=limits.max_length)
 
-    stack_run = runner(stacking.stack_forward(config, made.student), parts.source.pad_id)
+    causal, dtype = not config.bidirectional, config.compute_dtype
+    stack_forward = stacking.stack_forward(made.student.stack, causal=causal, dtype=dtype)
+    stack_run = runner(stack_forward, parts.source.pad_id)
     llm_run = runner(stacking.llm_forward(config, made.teacher), parts.target.pad_id)
     encoder_run = runner(stacking.encoder_forward(config, made.mt_encoder), parts.source.pad_id)
     by_stack = labels_by(stack_run, made.student.head, task.labels)
