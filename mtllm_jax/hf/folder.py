@@ -12,6 +12,7 @@ transpose of the torch weight ([in, out] against [out, in]); all others have the
 
 import fnmatch
 import json
+import math
 import os
 import shutil
 import struct
@@ -36,6 +37,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 _PREFIX = "model."
 _WEIGHTS = "model.safetensors"
+_CHUNK = 2**26  # bytes of a tensor that are held at a time
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -93,12 +95,32 @@ class Tensors:
         if dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} is stored as {dtype}; it may be {', '.join(_DTYPES)}")
 
-    def read(self, name: str) -> np.ndarray:
-        """float64, float32, float16 or (ml_dtypes) bfloat16, as on disk."""
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """float64, float32, float16 or (ml_dtypes) bfloat16, as on disk.
+
+        begin, end: the rows (of dim 0) to read, all by default; no other bytes are touched.
+        """
         self.check_dtype(name)
         path, dtype, shape, offset = self._entries[name]
-        count = int(np.prod(shape, dtype=np.int64))
+        rows = shape[:1] if end is None else (end,)
+        shape = tuple(size - begin for size in rows) + shape[1:]
+        count, of_a_row = math.prod(shape), math.prod(shape[1:])
+        offset += begin * of_a_row * np.dtype(_DTYPES[dtype]).itemsize
         return np.fromfile(path, _DTYPES[dtype], count, offset=offset).reshape(shape)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, int]]:
+        """(begin, end) of pieces of rows that are small enough to be held beside a model."""
+        shape = self.shape(name)
+        rows = max(1, _CHUNK // (8 * max(1, math.prod(shape[1:]))))
+        for begin in range(0, shape[0], rows):
+            yield begin, min(begin + rows, shape[0])
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values; reads a piece of each at a time."""
+        return self.shape(one) == self.shape(other) and all(
+            np.array_equal(self.read(one, *rows), self.read(other, *rows))
+            for rows in self.chunks(one)
+        )
 
     def _files(self) -> list[Path]:
         if (single := self.folder / _WEIGHTS).is_file():

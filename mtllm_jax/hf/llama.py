@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -318,11 +317,10 @@ def _sliding_window(source: Mapping[str, Any]) -> int | None:
 def _check_tied(tensors: Tensors) -> None:
     """Some files store an output of their own and claim that it is tied: loaders disagree there."""
     stored = {name.removeprefix("model."): name for name in tensors.keys()}
-    names = [stored.get(name.removeprefix("model.")) for name in (_EMBEDDING, _OUTPUT)]
-    if None in names:
+    embedding, output = (stored.get(n.removeprefix("model.")) for n in (_EMBEDDING, _OUTPUT))
+    if embedding is None or output is None:
         return
-    embedding, output = (tensors.read(name) for name in names if name is not None)
-    if not np.array_equal(embedding, output):
+    if not tensors.equal(embedding, output):
         raise ValueError(
             f"{tensors.folder}: {_OUTPUT} differs from {_EMBEDDING} though tie_word_embeddings is "
             "true; set it to false in config.json to use both, or take the tensor out"
