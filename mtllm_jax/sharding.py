@@ -28,6 +28,8 @@ DIM_TO_AXIS: dict[str, str | None] = {
     "heads": "tensor",
     "ffn": "tensor",
     "vocab": "tensor",
+    "positions": None,
+    "types": None,
 }
 
 BATCH = PartitionSpec(("data", "fsdp"))  # the rows of a batch are cut over both axes

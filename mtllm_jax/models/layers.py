@@ -1,6 +1,7 @@
 """What every model here is made of: parameters with named dims, linear maps, norms, stacked layers.
 
-B rows, T positions, L layers, I input width, O output width, R LoRA rank.
+B rows, T positions, S positions read, L layers, E width, N heads, H head width, I input width,
+O output width, R LoRA rank.
 
 Modules are containers: they are split once into (graph, trainable state, frozen state), and merged
 again inside `jax.jit`, where their methods are pure functions of the arrays they hold.
@@ -15,6 +16,8 @@ from flax import nnx
 from flax.nnx.filterlib import Filter
 from jax import Array
 from jax.typing import DTypeLike
+
+from mtllm_jax.ops.attention import attention
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 Layers = TypeVar("Layers", bound=nnx.Module)
@@ -135,6 +138,60 @@ class LayerNorm(nnx.Module):
 def over_last(vector_D: Array, ndim: int) -> Array:
     """A float32 vector over the last of `ndim` dims (implicit rank promotion is off in tests)."""
     return jnp.expand_dims(vector_D.astype(jnp.float32), tuple(range(ndim - 1)))
+
+
+def biased_linear(
+    size_in: int, size_out: int, dims: tuple[str, str], num_layers: int, rngs: nnx.Rngs
+) -> Linear:
+    """A linear map with bias, of stacked layers, Xavier-initialised."""
+    init = nnx.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
+    return Linear(
+        size_in, size_out, dims, init=init, rngs=rngs, num_layers=num_layers, use_bias=True
+    )
+
+
+def split_key(key: Array | None, num: int) -> list[Array | None]:
+    """`num` keys of one, or as many None where there is no key."""
+    return [None] * num if key is None else list(jax.random.split(key, num))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with biases, of stacked layers."""
+
+    def __init__(self, width: int, num_heads: int, num_layers: int, rngs: nnx.Rngs):
+        inward, outward = ("embed", "heads"), ("heads", "embed")
+        self.query = biased_linear(width, width, inward, num_layers, rngs)
+        self.key = biased_linear(width, width, inward, num_layers, rngs)
+        self.value = biased_linear(width, width, inward, num_layers, rngs)
+        self.out = biased_linear(width, width, outward, num_layers, rngs)
+        self.num_heads = num_heads
+
+    def heads(self, linear: Linear, x_BTE: Array, key: Array | None = None) -> Array:
+        """[B, T, E] → [B, T, N, H] by one of the linear maps."""
+        y_BTE = linear(x_BTE, key)
+        return y_BTE.reshape(*y_BTE.shape[:2], self.num_heads, -1)
+
+    def __call__(
+        self,
+        x_BTE: Array,
+        memory_BSE: Array,
+        segments_BT: Array,
+        memory_segments_BS: Array,
+        *,
+        causal: bool = False,
+        dropout_key: Array | None = None,
+    ) -> Array:
+        """[B, T, E]: what the positions of `x` read from those of `memory` of their own segment."""
+        query_key, key_key, value_key, out_key = split_key(dropout_key, 4)
+        read_BTNH = attention(
+            self.heads(self.query, x_BTE, query_key),
+            self.heads(self.key, memory_BSE, key_key),
+            self.heads(self.value, memory_BSE, value_key),
+            query_segments_BT=segments_BT,
+            key_segments_BS=memory_segments_BS,
+            causal=causal,
+        )
+        return self.out(read_BTNH.reshape(x_BTE.shape), out_key)
 
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {

@@ -20,11 +20,13 @@ from jax.typing import DTypeLike
 
 from mtllm_jax.models.layers import (
     REMAT_POLICIES,
+    Attention,
     LayerNorm,
-    Linear,
+    biased_linear,
     param,
     positions_in_segment,
     scan_layers,
+    split_key,
 )
 from mtllm_jax.ops.attention import attention
 
@@ -72,45 +74,6 @@ class Cache(NamedTuple):
     memory_segments_BS: Array
 
 
-class Attention(nnx.Module):
-    """Multi-head attention with biases, of stacked layers."""
-
-    def __init__(self, width: int, num_heads: int, num_layers: int, rngs: nnx.Rngs):
-        inward, outward = ("embed", "heads"), ("heads", "embed")
-        self.query = _linear(width, width, inward, num_layers, rngs)
-        self.key = _linear(width, width, inward, num_layers, rngs)
-        self.value = _linear(width, width, inward, num_layers, rngs)
-        self.out = _linear(width, width, outward, num_layers, rngs)
-        self.num_heads = num_heads
-
-    def heads(self, linear: Linear, x_BTE: Array, key: Array | None = None) -> Array:
-        """[B, T, E] → [B, T, N, H] by one of the linear maps."""
-        y_BTE = linear(x_BTE, key)
-        return y_BTE.reshape(*y_BTE.shape[:2], self.num_heads, -1)
-
-    def __call__(
-        self,
-        x_BTE: Array,
-        memory_BSE: Array,
-        segments_BT: Array,
-        memory_segments_BS: Array,
-        *,
-        causal: bool = False,
-        dropout_key: Array | None = None,
-    ) -> Array:
-        """[B, T, E]: what the positions of `x` read from those of `memory` of their own segment."""
-        query_key, key_key, value_key, out_key = _split(dropout_key, 4)
-        read_BTNH = attention(
-            self.heads(self.query, x_BTE, query_key),
-            self.heads(self.key, memory_BSE, key_key),
-            self.heads(self.value, memory_BSE, value_key),
-            query_segments_BT=segments_BT,
-            key_segments_BS=memory_segments_BS,
-            causal=causal,
-        )
-        return self.out(read_BTNH.reshape(x_BTE.shape), out_key)
-
-
 class EncoderLayers(nnx.Module):
     """Stacked layers of self-attention and feed-forward."""
 
@@ -118,15 +81,15 @@ class EncoderLayers(nnx.Module):
         self.self_attention_norm = LayerNorm(width, _EPS, rngs, num_layers)
         self.self_attention = Attention(width, num_heads, num_layers, rngs)
         self.ffn_norm = LayerNorm(width, _EPS, rngs, num_layers)
-        self.ffn_in = _linear(width, ffn, ("embed", "ffn"), num_layers, rngs)
-        self.ffn_out = _linear(ffn, width, ("ffn", "embed"), num_layers, rngs)
+        self.ffn_in = biased_linear(width, ffn, ("embed", "ffn"), num_layers, rngs)
+        self.ffn_out = biased_linear(ffn, width, ("ffn", "embed"), num_layers, rngs)
 
     def feed_forward(self, h_BTE: Array, dropout_key: Array | None = None) -> Array:
-        in_key, out_key = _split(dropout_key, 2)
+        in_key, out_key = split_key(dropout_key, 2)
         return h_BTE + self.ffn_out(jax.nn.relu(self.ffn_in(self.ffn_norm(h_BTE), in_key)), out_key)
 
     def __call__(self, h_BSE: Array, segments_BS: Array, dropout_key: Array | None) -> Array:
-        attention_key, ffn_key = _split(dropout_key, 2)
+        attention_key, ffn_key = split_key(dropout_key, 2)
         x_BSE = self.self_attention_norm(h_BSE)
         h_BSE = h_BSE + self.self_attention(
             x_BSE, x_BSE, segments_BS, segments_BS, dropout_key=attention_key
@@ -150,7 +113,7 @@ class DecoderLayers(EncoderLayers):
         memory_segments_BS: Array,
         dropout_key: Array | None,
     ) -> Array:
-        self_key, cross_key, ffn_key = _split(dropout_key, 3)
+        self_key, cross_key, ffn_key = split_key(dropout_key, 3)
         x_BTE = self.self_attention_norm(h_BTE)
         h_BTE = h_BTE + self.self_attention(
             x_BTE, x_BTE, segments_BT, segments_BT, causal=True, dropout_key=self_key
@@ -323,16 +286,3 @@ def sinusoids(positions_BT: Array, width: int) -> Array:
     frequency_E = np.exp(steps * np.float32(-math.log(_LONGEST_WAVE) / (width // 2 - 1)))
     angle_BTE = positions_BT[..., None].astype(jnp.float32) * frequency_E[None, None]
     return jnp.concatenate([jnp.sin(angle_BTE), jnp.cos(angle_BTE)], axis=-1)
-
-
-def _linear(
-    size_in: int, size_out: int, dims: tuple[str, str], num_layers: int, rngs: nnx.Rngs
-) -> Linear:
-    init = nnx.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
-    return Linear(
-        size_in, size_out, dims, init=init, rngs=rngs, num_layers=num_layers, use_bias=True
-    )
-
-
-def _split(key: Array | None, num: int) -> list[Array | None]:
-    return [None] * num if key is None else list(jax.random.split(key, num))
