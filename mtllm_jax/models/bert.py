@@ -54,20 +54,21 @@ class BertConfig:
     unroll_layers: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "ffn", "token_types"):
+            if (size := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; it must divide width, {self.width}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation is {self.activation!r}; it may be one of {list(ACTIVATIONS)}"
-            )
-        if self.family not in FAMILIES:
-            raise ValueError(f"family is {self.family!r}; it may be one of {list(FAMILIES)}")
         if self.max_positions < 1:
-            raise ValueError(
-                f"num_positions is {self.num_positions}; it must be above {self.first_position}"
-            )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; it may be one of {list(REMAT_POLICIES)}")
+            least = self.first_position + 1
+            raise ValueError(f"num_positions is {self.num_positions}; it must be at least {least}")
+        for name, allowed in (
+            ("activation", ACTIVATIONS),
+            ("family", FAMILIES),
+            ("remat", REMAT_POLICIES),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {value!r}; it may be one of {list(allowed)}")
 
     @property
     def first_position(self) -> int:
