@@ -208,8 +208,7 @@ def match(
     The prefix `model.` may be absent from all names on disk. What is missing, unexpected or of
     another shape is told in one ValueError.
     """
-    stored = {key: key for key in tensors.keys()}
-    stored |= {_PREFIX + key: key for key in stored if not key.startswith(_PREFIX)}
+    stored = _stored(tensors)
     parameters = {_path(keys): value for keys, value in nnx.to_flat_state(nnx.state(module))}
     if missing_rows := parameters.keys() ^ table.keys():
         raise RuntimeError(f"the key table and the module differ in {sorted(missing_rows)}")
@@ -241,6 +240,20 @@ def match(
         told = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
         raise ValueError(f"{tensors.folder}: its tensors are not those of its config.json; {told}")
     return plan
+
+
+def check_tied(tensors: Tensors, aliases: Mapping[str, Sequence[str]]) -> None:
+    """ValueError if a file holds tied weights under several names and they differ: loaders of it
+    would disagree. aliases: as for `match`. The copies are read, a piece at a time."""
+    stored = _stored(tensors)
+    for name, others in aliases.items():
+        first, *copies = [n for n in (name, *others) if n in stored] or [name]
+        for copy in copies:
+            if not tensors.equal(stored[first], stored[copy]):
+                raise ValueError(
+                    f"{tensors.folder}: {copy} differs from {first} though tie_word_embeddings is "
+                    "true in config.json; tied weights are equal, or stored once"
+                )
 
 
 def export_tensors(module: nnx.Module, table: KeyTable) -> list[OutTensor]:
@@ -315,6 +328,12 @@ def _tensors_of(
 
 def _transposed(path: str, array: np.ndarray) -> np.ndarray:
     return array.T if path.endswith("kernel") else array
+
+
+def _stored(tensors: Tensors) -> dict[str, str]:
+    """From a tensor's name, with the prefix and as it is, to its name on disk."""
+    stored = {key: key for key in tensors.keys()}
+    return stored | {_PREFIX + key: key for key in stored if not key.startswith(_PREFIX)}
 
 
 def _path(keys: tuple[Any, ...]) -> str:

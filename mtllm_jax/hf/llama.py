@@ -7,6 +7,7 @@ with the default theta and never notice.
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 
 from mtllm_jax.hf.folder import (
     Tensors,
+    check_tied,
     export_tensors,
     load_into,
     match,
@@ -25,7 +27,7 @@ from mtllm_jax.hf.folder import (
     write_folder,
 )
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
-from mtllm_jax.ops.rope import LinearScaling, Llama3Scaling, RopeScaling
+from mtllm_jax.ops.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -46,7 +48,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
 }
-_ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -61,7 +63,7 @@ def load_llama(
     """The model of a Hugging Face folder, its parameters in `dtype` whatever they are on disk.
 
     mesh: the devices that the parameters are laid over; None = the first device.
-    ValueError, before any weight is read, for a folder, field or tensor that does not fit.
+    ValueError, before the weights are read, for a folder, field or tensor that does not fit.
     """
     config = dataclasses.replace(_config(folder), remat=remat, unroll_layers=unroll_layers)
     module, tensors, table, options = _to_fill(config, folder)
@@ -69,10 +71,12 @@ def load_llama(
 
 
 def check_llama(folder: str | os.PathLike) -> LlamaConfig:
-    """Raises what `load_llama` would, without reading any weight; returns the model's sizes."""
+    """Raises what `load_llama` would; returns the model's sizes.
+
+    Reads no weights but tied ones, where a file holds them twice.
+    """
     config = _config(folder)
-    module, tensors, table, options = _to_fill(config, folder)
-    match(module, tensors, table, **options)
+    _to_fill(config, folder)
     return config
 
 
@@ -87,16 +91,15 @@ def _config(folder: str | os.PathLike) -> LlamaConfig:
 def _to_fill(
     config: LlamaConfig, folder: str | os.PathLike
 ) -> tuple[Llama, Tensors, dict[str, str], dict[str, Any]]:
-    """The model without values, and what its values are read from and by."""
-    tensors = Tensors(folder)
-    if config.tie_embeddings:
-        _check_tied(tensors)
-    options = {
-        "aliases": {_EMBEDDING: (_OUTPUT,)} if config.tie_embeddings else {},
-        "ignored": ("*.rotary_emb.inv_freq",),  # a constant that old Llama checkpoints stored
-    }
+    """The model without values, and what its values are read from and by, found to fit."""
+    tensors, table = Tensors(folder), key_table(config)
+    aliases = {_EMBEDDING: (_OUTPUT,)} if config.tie_embeddings else {}
+    ignored = ("*.rotary_emb.inv_freq",)  # a constant that old Llama checkpoints stored
+    options: dict[str, Any] = {"aliases": aliases, "ignored": ignored}
     module = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
-    return module, tensors, key_table(config), options
+    match(module, tensors, table, **options)
+    check_tied(tensors, aliases)
+    return module, tensors, table, options
 
 
 def save_llama(
@@ -255,32 +258,56 @@ def _rope(source: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = source.get(field) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{field} is {rope!r}; one set of values for all layers is supported")
-    theta = _positive(rope.get("rope_theta", source.get("rope_theta", 10_000.0)), "rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:
-        raise ValueError(f"{field}.rope_type is {kind!r}; allowed: {', '.join(_ROPE_TYPES)}")
+    theta = rope.get("rope_theta", source.get("rope_theta", 10_000.0))
+    if _positive(theta, "rope_theta") <= 1:
+        raise ValueError(f"rope_theta is {theta!r}; it must be a number above 1")
     partial = rope.get("partial_rotary_factor", source.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(f"partial_rotary_factor is {partial!r}; only 1 is supported")
+    return float(theta), _scaling(source, rope, field)
+
+
+def _scaling(source: Mapping[str, Any], rope: Mapping[str, Any], field: str) -> RopeScaling | None:
+    """What `rope`, the value of `field`, asks for beside theta."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_TYPES:
+        raise ValueError(f"{field}.rope_type is {kind!r}; allowed: {', '.join(_ROPE_TYPES)}")
     if kind == "default":
-        return theta, None
+        return None
 
-    def number(name: str, default: Any = None) -> float:
-        return _positive(rope.get(name, default), f"{field}.{name}")
+    def number(name: str, default: float | None = None) -> float:
+        found = rope.get(name)
+        return _positive(default if found is None else found, f"{field}.{name}")
 
+    factor = number("factor")
     if kind == "linear":
-        return theta, LinearScaling(number("factor"))
-    original = source.get(
-        "original_max_position_embeddings",
-        rope.get("original_max_position_embeddings", source["max_position_embeddings"]),
-    )
-    low, high = number("low_freq_factor"), number("high_freq_factor")
-    if low >= high:
-        raise ValueError(
-            f"{field}.low_freq_factor is {low}; it must be below high_freq_factor, {high}"
-        )
-    positions = _positive(original, "original_max_position_embeddings")
-    return theta, Llama3Scaling(number("factor"), low, high, int(positions))
+        return LinearScaling(factor)
+    original = "original_max_position_embeddings"
+    default = rope.get(original, source["max_position_embeddings"])
+    positions = _count({original: source.get(original, default)}, original)
+    if kind == "llama3":
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        _check_order(field, "low_freq_factor", low, "high_freq_factor", high)
+        return Llama3Scaling(factor, low, high, positions)
+    slow, fast = number("beta_slow", 1.0), number("beta_fast", 32.0)
+    _check_order(field, "beta_slow", slow, "beta_fast", fast)
+    if not isinstance(truncate := rope.get("truncate", True), bool):
+        raise ValueError(f"{field}.truncate is {truncate!r}; it must be true or false")
+    gain = number("attention_factor", _yarn_attention_factor(factor, rope))
+    return YarnScaling(factor, positions, gain, fast, slow, truncate)
+
+
+def _yarn_attention_factor(factor: float, rope: Mapping[str, Any]) -> float:
+    """0.1 ln(factor) + 1 as in the paper, or DeepSeek's ratio of two such terms with weights."""
+
+    def magnitude(weight: float = 1.0) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    weights = [rope[name] for name in ("mscale", "mscale_all_dim") if rope.get(name)]
+    if len(weights) < 2:
+        return magnitude()
+    over, under = (_positive(weight, "mscale or mscale_all_dim") for weight in weights)
+    return magnitude(over) / magnitude(under)
 
 
 def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -297,6 +324,16 @@ def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any]:
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
+        case YarnScaling():
+            return {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "original_max_position_embeddings": scaling.original_positions,
+                "attention_factor": scaling.attention_factor,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "truncate": scaling.truncate,
+            }
 
 
 def _sliding_window(source: Mapping[str, Any]) -> int | None:
@@ -305,26 +342,22 @@ def _sliding_window(source: Mapping[str, Any]) -> int | None:
         no_window = source.get("sliding_window") is None
         return None if no_window else _count(source, "sliding_window")
     if source["model_type"] in ("qwen2", "qwen3"):
-        kinds = set(source.get("layer_types") or ["full_attention"])
-        if source.get("use_sliding_window") or kinds != {"full_attention"}:
+        if source.get("use_sliding_window"):
             raise ValueError(
-                "use_sliding_window or layer_types asks for a sliding window in some layers; only "
-                "full attention in all of them is supported"
+                f"use_sliding_window is {source['use_sliding_window']!r}; only false, full "
+                "attention in every layer, is supported"
+            )
+        if other := set(source.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError(
+                f"layer_types has {', '.join(map(repr, sorted(other)))}; only 'full_attention' "
+                "in every layer is supported"
             )
     return None
 
 
-def _check_tied(tensors: Tensors) -> None:
-    """Some files store an output of their own and claim that it is tied: loaders disagree there."""
-    stored = {name.removeprefix("model."): name for name in tensors.keys()}
-    embedding, output = (stored.get(n.removeprefix("model.")) for n in (_EMBEDDING, _OUTPUT))
-    if embedding is None or output is None:
-        return
-    if not tensors.equal(embedding, output):
-        raise ValueError(
-            f"{tensors.folder}: {_OUTPUT} differs from {_EMBEDDING} though tie_word_embeddings is "
-            "true; set it to false in config.json to use both, or take the tensor out"
-        )
+def _check_order(field: str, low_name: str, low: float, high_name: str, high: float) -> None:
+    if low >= high:
+        raise ValueError(f"{field}.{low_name} is {low}; it must be below {high_name}, {high}")
 
 
 def _count(source: Mapping[str, Any], field: str) -> int:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from mtllm_jax.hf.folder import (
     Tensors,
+    check_tied,
     export_tensors,
     load_into,
     match,
@@ -90,25 +91,31 @@ def load_nllb(
     config = replace(config_from_hf(folder), remat=remat, unroll_layers=unroll_layers)
     if not with_decoder:
         config = replace(config, decoder_layers=0)
-    return load_into(
-        _abstract(config), Tensors(folder), key_table(config), dtype, mesh=mesh, **_options(config)
-    )
+    module, tensors, table, options = _to_fill(config, folder)
+    return load_into(module, tensors, table, dtype, mesh=mesh, **options)
 
 
 def check_nllb(folder: str | os.PathLike) -> NLLBConfig:
-    """Raises what `load_nllb` would, without reading any weight; returns the model's sizes."""
+    """Raises what `load_nllb` would; returns the model's sizes.
+
+    Reads no weights but the embedding, where a file holds it more than once.
+    """
     config = config_from_hf(folder)
-    match(_abstract(config), Tensors(folder), key_table(config), **_options(config))
+    _to_fill(config, folder)
     return config
 
 
-def _abstract(config: NLLBConfig) -> NLLB:
-    return nnx.eval_shape(lambda: NLLB(config, nnx.Rngs(0)))
-
-
-def _options(config: NLLBConfig) -> dict[str, Any]:
+def _to_fill(
+    config: NLLBConfig, folder: str | os.PathLike
+) -> tuple[NLLB, Tensors, dict[str, str], dict[str, Any]]:
+    """The model without values, and what its values are read from and by, found to fit."""
+    tensors, table = Tensors(folder), key_table(config)
     ignored = _IGNORED if config.decoder_layers else (*_IGNORED, "model.decoder.*")
-    return {"aliases": _ALIASES, "ignored": ignored}
+    options: dict[str, Any] = {"aliases": _ALIASES, "ignored": ignored}
+    module = nnx.eval_shape(lambda: NLLB(config, nnx.Rngs(0)))
+    match(module, tensors, table, **options)
+    check_tied(tensors, _ALIASES)
+    return module, tensors, table, options
 
 
 def save_nllb(

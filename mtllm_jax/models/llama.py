@@ -8,6 +8,7 @@ bidirectional reading of causal weights is LLM2Vec's (arXiv 2404.05961).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from mtllm_jax.models.layers import (
     scan_layers,
 )
 from mtllm_jax.ops.attention import attention
-from mtllm_jax.ops.rope import RopeScaling, apply_rope, rope_frequencies
+from mtllm_jax.ops.rope import RopeScaling, apply_rope, rope_frequencies, rope_gain
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -138,29 +139,43 @@ class LlamaLayers(nnx.Module):
     ) -> Array:
         """One layer: attention, then feed-forward, each added to the residual stream."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
-        config = self.config
-
         x_BTD = self.attention_norm(h_BTD)
+        h_BTD = h_BTD + self.attend(x_BTD, segments_BT, positions_BT, keys[:4], causal=causal)
+        return h_BTD + self.feed_forward(self.ffn_norm(h_BTD), keys[4:])
+
+    def attend(
+        self,
+        x_BTD: Array,
+        segments_BT: Array,
+        positions_BT: Array,
+        keys: Sequence[Array | None] = (None,) * 4,
+        *,
+        causal: bool,
+    ) -> Array:
+        """Grouped-query attention with rotary positions, [B, T, D]. keys: dropout of q, k, v, o."""
+        config = self.config
         q_BTNH = _heads(self.q(x_BTD, keys[0]), config.num_heads)
         k_BTKH = _heads(self.k(x_BTD, keys[1]), config.num_kv_heads)
         v_BTKH = _heads(self.v(x_BTD, keys[2]), config.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
+        gain = rope_gain(config.rope_scaling)
         mixed_BTNH = attention(
-            apply_rope(q_BTNH, positions_BT, frequencies),
-            apply_rope(k_BTKH, positions_BT, frequencies),
+            apply_rope(q_BTNH, positions_BT, frequencies, gain),
+            apply_rope(k_BTKH, positions_BT, frequencies, gain),
             v_BTKH,
             query_segments_BT=segments_BT,
             key_segments_BS=segments_BT,
             causal=causal,
             window=config.sliding_window if causal else None,
         )
-        h_BTD = h_BTD + self.o(mixed_BTNH.reshape(*h_BTD.shape[:2], -1), keys[3])
+        return self.o(mixed_BTNH.reshape(*x_BTD.shape[:2], -1), keys[3])
 
-        x_BTD = self.ffn_norm(h_BTD)
-        gated_BTF = jax.nn.silu(self.gate(x_BTD, keys[4])) * self.up(x_BTD, keys[5])
-        return h_BTD + self.down(gated_BTF, keys[6])
+    def feed_forward(self, x_BTD: Array, keys: Sequence[Array | None] = (None,) * 3) -> Array:
+        """SwiGLU, [B, T, D]. keys: dropout of gate, up, down."""
+        gated_BTF = jax.nn.silu(self.gate(x_BTD, keys[0])) * self.up(x_BTD, keys[1])
+        return self.down(gated_BTF, keys[2])
 
 
 class Llama(nnx.Module):

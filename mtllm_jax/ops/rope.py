@@ -5,6 +5,7 @@ the paper (and Meta's own files) pair 2i with 2i + 1, so q and k rows are stored
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,24 @@ class Llama3Scaling:
     original_positions: int
 
 
-RopeScaling = LinearScaling | Llama3Scaling
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): long waves slowed by `factor`, short ones kept, a ramp between.
+
+    The ramp runs over the dims, from the one that makes `beta_fast` turns in the context length
+    before extension, `original_positions`, to the one that makes `beta_slow`; truncate: from and to
+    whole dims. q and k are both multiplied by `attention_factor`, the paper's sqrt(1/t).
+    """
+
+    factor: float
+    original_positions: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 def rope_frequencies(
@@ -54,6 +72,13 @@ def rope_frequencies(
             return frequencies / np.float32(factor)
         case Llama3Scaling():
             return _llama3(frequencies, scaling)
+        case YarnScaling():
+            return _yarn(frequencies, theta, scaling)
+
+
+def rope_gain(scaling: RopeScaling | None) -> float:
+    """What `apply_rope` multiplies q and k by: YaRN's attention factor, otherwise 1."""
+    return scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
 
 
 def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
@@ -64,13 +89,34 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     return (kept * frequencies + (1.0 - kept) * frequencies / scaling.factor).astype(np.float32)
 
 
-def apply_rope(x_BTNH: Array, positions_BT: Array, frequencies: np.ndarray) -> Array:
+def _yarn(frequencies: np.ndarray, theta: float, scaling: YarnScaling) -> np.ndarray:
+    """The frequencies of the paper's "NTK-by-parts", after its authors' reference code."""
+    half = len(frequencies)
+
+    def place(turns: float) -> float:
+        """The dim whose wave makes so many: theta^(−dim / half) · positions = 2π · turns."""
+        return half * math.log(scaling.original_positions / (2 * math.pi * turns)) / math.log(theta)
+
+    first, last = place(scaling.beta_fast), place(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    # The reference's bound is the last of all dims, though the pairs end at half of them.
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    length = last - first if last != first else 0.001
+    slowed = np.clip((np.arange(half, dtype=np.float32) - first) / np.float32(length), 0.0, 1.0)
+    slow = frequencies / np.float32(scaling.factor)
+    return (slowed * slow + (1.0 - slowed) * frequencies).astype(np.float32)
+
+
+def apply_rope(
+    x_BTNH: Array, positions_BT: Array, frequencies: np.ndarray, gain: float = 1.0
+) -> Array:
     """Turn each pair of dims by position × frequency. Computed in float32, returned as `x` came.
 
-    positions_BT: int32, from 0 within each text. frequencies: float32 [H/2].
+    positions_BT: int32, from 0 within each text. frequencies: float32 [H/2]. gain: see `rope_gain`.
     """
     angles_BTH = positions_BT[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
-    cos, sin = jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+    cos, sin = (gain * f(angles_BTH)[:, :, None] for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)

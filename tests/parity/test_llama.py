@@ -300,7 +300,11 @@ def test_tied_output_stored_alone_or_twice(pairs, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("untied", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; allowed: def"),
+        (
+            "untied",
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope_type is 'longrope'; allowed: default, linear, llama3, yarn",
+        ),
         ("untied", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type is 'dynamic'"),
         ("untied", {"rope_parameters": {"full_attention": {}}}, "one set of values for all layers"),
         ("untied", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
@@ -324,7 +328,12 @@ def test_tied_output_stored_alone_or_twice(pairs, tmp_path):
         ("untied", {"num_hidden_layers": 1}, "unexpected: model.layers.1.input_layernorm.weight"),
         ("untied", {"vocab_size": 60}, r"embed_tokens.weight is \[50, 32\], by the config \[60, 3"),
         ("tied", {"tie_word_embeddings": False}, "missing: lm_head.weight"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window or layer_types"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True; only false"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has 'sliding_attention'; only 'full_attention' in every layer",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(pairs, kind, changes, message, tmp_path):
