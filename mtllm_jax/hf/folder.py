@@ -8,160 +8,89 @@ the name of the tensor(s) of theirs:
 
 `{layer}` stands for 0 … L−1, stacked along our leading dim. A parameter called `kernel` is the
 transpose of the torch weight ([in, out] against [out, in]); all others have the same layout.
+
+Models are streamed both ways: beside the parameters themselves the process holds a tensor at a time
+and some pieces of rows, whatever the size of the model.
 """
 
+import contextlib
+import fcntl
 import fnmatch
+import functools
+import glob
 import json
 import math
 import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from mtllm_jax import sharding
+from mtllm_jax.hf.files import TOKENIZER_FILES, Files, is_remote
+from mtllm_jax.hf.tensors import (
+    CHUNK,
+    SHARD_BYTES,
+    OutTensor,
+    Tensors,
+    row_chunks,
+    write_tensors,
+)
+from mtllm_jax.models.layers import Linear
+
+__all__ = [
+    "KeyTable",
+    "OutTensor",
+    "Tensors",
+    "check_tied",
+    "copy_tokenizer_files",
+    "export_tensors",
+    "load_into",
+    "match",
+    "new_folder",
+    "read_config",
+    "write_folder",
+    "write_json",
+    "write_tensors",
+]
 
 KeyTable = Mapping[str, str]
 Module = TypeVar("Module", bound=nnx.Module)
 
 _PREFIX = "model."
-_WEIGHTS = "model.safetensors"
-_CHUNK = 2**26  # bytes of a tensor that are held at a time
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "sentencepiece.bpe.model", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class OutTensor:
-    """A tensor to be written: its size is known before, its values only when `read` is called."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
+_READERS = 4  # pieces read at a time
+_TRANSPOSED_ROWS = 256  # transposing more at a time misses the processor's caches
 
 
 def read_config(folder: str | os.PathLike, model_types: Sequence[str]) -> dict[str, Any]:
     """The folder's config.json. ValueError for what is not a folder of one of `model_types`."""
-    path = Path(folder) / "config.json"
+    files, name = Files(folder), "config.json"
     allowed = " or ".join(model_types)
-    if not path.is_file():
-        what = "has no config.json" if Path(folder).is_dir() else "is not a folder"
+    if not files.has(name):
+        what = f"has no {name}" if files.is_folder() else "is not a folder"
         raise ValueError(f"{folder} {what}; expected a Hugging Face folder of {allowed}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+    config = files.read_json(name)
     if not isinstance(config, dict) or config.get("model_type") not in model_types:
         found = config.get("model_type") if isinstance(config, dict) else None
-        raise ValueError(f"{path}: model_type is {found!r}; it may be {allowed}")
+        raise ValueError(f"{files.path(name)}: model_type is {found!r}; it may be {allowed}")
     if config.get("quantization_config"):
-        raise ValueError(f"{path}: quantised weights cannot be read; take the unquantised ones")
+        raise ValueError(
+            f"{files.path(name)}: quantised weights cannot be read; take the unquantised ones"
+        )
     return config
 
 
-class Tensors:
-    """The tensors of a folder by name, each read from its byte range when asked for."""
-
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        self._entries: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
-        for path in self._files():
-            self._open(path)
-
-    def keys(self) -> list[str]:
-        return list(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name][2]
-
-    def check_dtype(self, name: str) -> None:
-        """Raises ValueError for what `read` cannot read."""
-        path, dtype, _, _ = self._entries[name]
-        if dtype not in _DTYPES:
-            raise ValueError(f"{path}: {name} is stored as {dtype}; it may be {', '.join(_DTYPES)}")
-
-    def read(self, name: str, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """float64, float32, float16 or (ml_dtypes) bfloat16, as on disk.
-
-        begin, end: the rows (of dim 0) to read, all by default; no other bytes are touched.
-        """
-        self.check_dtype(name)
-        path, dtype, shape, offset = self._entries[name]
-        rows = shape[:1] if end is None else (end,)
-        shape = tuple(size - begin for size in rows) + shape[1:]
-        count, of_a_row = math.prod(shape), math.prod(shape[1:])
-        offset += begin * of_a_row * np.dtype(_DTYPES[dtype]).itemsize
-        return np.fromfile(path, _DTYPES[dtype], count, offset=offset).reshape(shape)
-
-    def chunks(self, name: str) -> Iterator[tuple[int, int]]:
-        """(begin, end) of pieces of rows that are small enough to be held beside a model."""
-        shape = self.shape(name)
-        rows = max(1, _CHUNK // (8 * max(1, math.prod(shape[1:]))))
-        for begin in range(0, shape[0], rows):
-            yield begin, min(begin + rows, shape[0])
-
-    def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same shape and values; reads a piece of each at a time."""
-        return self.shape(one) == self.shape(other) and all(
-            np.array_equal(self.read(one, *rows), self.read(other, *rows))
-            for rows in self.chunks(one)
-        )
-
-    def _files(self) -> list[Path]:
-        if (single := self.folder / _WEIGHTS).is_file():
-            return [single]
-        index = self.folder / f"{_WEIGHTS}.index.json"
-        if not index.is_file():
-            if any(self.folder.glob("*.bin")):
-                raise ValueError(
-                    f"{self.folder} has .bin weights; convert them once with `AutoModel.from_"
-                    "pretrained(DIR).save_pretrained(NEW_DIR)` of a transformers that reads them"
-                )
-            raise ValueError(f"{self.folder} has neither {_WEIGHTS} nor {index.name}")
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is not an index of safetensors files") from None
-        for name in names:
-            if not (self.folder / name).is_file():
-                raise ValueError(f"{self.folder / name} is missing, though {index.name} names it")
-        return [self.folder / name for name in names]
-
-    def _open(self, path: Path) -> None:
-        """Reads the header: 8 bytes of length, then JSON with a byte range for each tensor."""
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            try:
-                header = json.loads(file.read(length)) if 8 + length <= size else None
-            except ValueError:
-                header = None
-        if not isinstance(header, dict):
-            raise ValueError(f"{path} is truncated or not a safetensors file")
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if (needed := 8 + length + end) > size:
-                raise ValueError(f"{path} is truncated: {size} bytes, {name} ends at {needed}")
-            shape = tuple(entry["shape"])
-            self._entries[name] = (path, entry["dtype"], shape, 8 + length + begin)
+# ------------------------------------------------------------------ in
 
 
 def load_into(
@@ -176,21 +105,144 @@ def load_into(
 ) -> Module:
     """`module` (from `nnx.eval_shape`) with its parameters read from `tensors`, in `dtype`.
 
-    mesh: where they go, by `sharding.shardings`; None = the first device. The other arguments and
-    the errors are those of `match`.
+    mesh: where they go, by `sharding.shardings`; None = the first device. Of several processes each
+    reads the rows that its own devices hold. The other arguments and the errors are those of
+    `match`.
     """
     plan = match(module, tensors, table, aliases=aliases, ignored=ignored)
     graph, state = nnx.split(module)
+    values = nnx.to_flat_state(state)
+    places: list[NamedSharding | None] = [None] * len(values)
+    if mesh is not None:
+        placed = nnx.to_flat_state(sharding.shardings(state, mesh))
+        places = [place.get_raw_value() for _, place in placed]
     flat = []
-    for keys, value in nnx.to_flat_state(state):
+    for (keys, value), place in zip(values, places, strict=True):
         path = _path(keys)
-        array = np.empty(value.shape, jnp.dtype(dtype))
-        rows = array if "{layer}" in table[path] else array[None]
-        for row, name in zip(rows, plan[path], strict=True):
-            row[...] = _transposed(path, tensors.read(name))
-        flat.append((keys, value.replace(jnp.asarray(array))))
-    filled = nnx.from_flat_state(flat)
-    return nnx.merge(graph, filled if mesh is None else sharding.place(filled, mesh))
+        array = _read_parameter(
+            tensors,
+            plan[path],
+            value.shape,
+            jnp.dtype(dtype),
+            place,
+            is_stacked="{layer}" in table[path],
+            is_kernel=_is_kernel(path),
+        )
+        flat.append((keys, value.replace(array)))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _read_parameter(
+    tensors: Tensors,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    place: NamedSharding | None,
+    *,
+    is_stacked: bool,
+    is_kernel: bool,
+) -> jax.Array:
+    """One parameter, made of the tensors `names`: one, or one for each layer.
+
+    Small layers are read together. Large ones go one by one into a buffer that already lies where
+    the parameter is to be, so that no more than one of them is on the host.
+    """
+    read = functools.partial(_read_layers, tensors, dtype=dtype, place=place, is_kernel=is_kernel)
+    if not is_stacked:
+        return read(names, shape, is_stacked=False)
+    together = max(1, CHUNK // max(1, math.prod(shape[1:])))
+    if together >= len(names):
+        return read(names, shape)
+    buffer = _zeros(shape, dtype, place)
+    for first in range(0, len(names), together):
+        group = names[first : first + together]
+        layers = read(group, (len(group), *shape[1:]))
+        # Waiting keeps the host from reading ahead of the device, layer upon layer.
+        buffer = _put(place)(buffer, layers, np.int32(first)).block_until_ready()
+    return buffer
+
+
+def _read_layers(
+    tensors: Tensors,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    *,
+    dtype: np.dtype,
+    place: NamedSharding | None,
+    is_kernel: bool,
+    is_stacked: bool = True,
+) -> jax.Array:
+    """An array of one tensor or of a stack of them, read into the parts that devices here hold.
+
+    Rows of a tensor that no device here holds are not read, the others once. Rows are read whole,
+    also for a part that is cut across them: a seek for each would cost more than it saves.
+    """
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    indices = [(slice(None),) * len(shape)]
+    if place is not None:
+        found = place.addressable_devices_indices_map(shape).values()
+        indices = [index for index in found if index is not None]
+    for index in indices:
+        bounds = _bounds(index, shape)
+        if bounds not in parts:
+            parts[bounds] = np.empty([end - begin for begin, end in bounds], dtype)
+
+    # For each range of rows of each tensor, the parts that it goes to: as torch lays them out, with
+    # the columns that they take of a row.
+    ranges: dict[tuple[str, int, int], list[tuple[np.ndarray, tuple[slice, ...]]]] = {}
+    for bounds, part in parts.items():
+        for layer, name in enumerate(names):
+            target, of_tensor = (part[layer], bounds[1:]) if is_stacked else (part, bounds)
+            if is_kernel:
+                target, of_tensor = target.T, of_tensor[::-1]
+            (begin, end), *columns = of_tensor
+            take = tuple(slice(*column) for column in columns)
+            ranges.setdefault((name, begin, end), []).append((target, take))
+
+    def read_piece(name: str, start: int, begin: int, end: int) -> None:
+        """Rows `begin` to `end` of those that begin at `start`."""
+        rows = tensors.read(name, start + begin, start + end)
+        step = _TRANSPOSED_ROWS if is_kernel else len(rows)
+        for target, columns in targets_of[name, start]:
+            for row in range(0, len(rows), step):
+                taken = rows[(slice(row, row + step), *columns)]
+                target[begin + row : begin + row + len(taken)] = taken
+
+    targets_of = {(name, begin): targets for (name, begin, _), targets in ranges.items()}
+    pieces = [
+        (name, start, begin, end)
+        for name, start, stop in ranges
+        for begin, end in row_chunks((stop - start, *tensors.shape(name)[1:]))
+    ]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(read_piece, *zip(*pieces, strict=True)):
+            pass  # raises what the reader of a piece raised
+    if place is None:
+        (array,) = parts.values()
+        return jnp.asarray(array).block_until_ready()
+    return jax.make_array_from_callback(
+        shape, place, lambda index: parts[_bounds(index, shape)]
+    ).block_until_ready()
+
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(begin, end) of each dim: slices themselves cannot be looked up before Python 3.12."""
+    assert index is not None
+    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None) -> jax.Array:
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
+
+
+@functools.cache
+def _put(place: NamedSharding | None) -> Any:
+    """Jitted (buffer, layers, first) → the buffer itself, with `layers` at `first` and after it."""
+
+    def put(buffer: jax.Array, layers: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, layers, first, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=place)
 
 
 def match(
@@ -256,26 +308,88 @@ def check_tied(tensors: Tensors, aliases: Mapping[str, Sequence[str]]) -> None:
                 )
 
 
-def export_tensors(module: nnx.Module, table: KeyTable) -> list[OutTensor]:
+# ------------------------------------------------------------------ out
+
+
+def export_tensors(
+    module: nnx.Module,
+    table: KeyTable,
+    *,
+    merge_lora: bool = False,
+    dtype: DTypeLike | None = None,
+) -> list[OutTensor]:
     """Every tensor in the table, in torch's layout: the inverse of `load_into`.
 
-    ValueError for parameters that the table does not name.
+    merge_lora: adapters are added to their kernels, a tensor at a time when it is read.
+    dtype: of the tensors; None = that of each parameter. Of several processes all must read all
+    tensors, in the same order. ValueError for parameters that the table does not name.
     """
     parameters = {_path(keys): value for keys, value in nnx.to_flat_state(nnx.state(module))}
+    adapters = _adapters(module, parameters) if merge_lora else {}
     if unknown := sorted(parameters.keys() - table.keys()):
         raise ValueError(f"parameters without a Hugging Face name: {_some(unknown)} (merge LoRA?)")
-    return [tensor for path in table for tensor in _out(path, table[path], parameters[path])]
+    return [
+        tensor
+        for path, pattern in table.items()
+        for tensor in _out(path, pattern, parameters[path][...], adapters.get(path), dtype)
+    ]
 
 
-def _out(path: str, pattern: str, parameter: nnx.Variable) -> Iterator[OutTensor]:
-    value = parameter[...]
-    stacked = "{layer}" in pattern
+def _adapters(
+    module: nnx.Module, parameters: dict[str, nnx.Variable]
+) -> dict[str, tuple[float, jax.Array, jax.Array]]:
+    """(scale, A, B) by the path of the kernel; takes A and B out of `parameters`."""
+    found = {}
+    for keys, node in nnx.iter_graph(module):
+        if isinstance(node, Linear) and node.lora_a is not None:
+            lora_a, lora_b = (parameters.pop(_path((*keys, n))) for n in ("lora_a", "lora_b"))
+            found[_path((*keys, "kernel"))] = node.lora_scale, lora_a[...], lora_b[...]
+    return found
+
+
+def _out(
+    path: str,
+    pattern: str,
+    value: jax.Array,
+    adapter: tuple[float, jax.Array, jax.Array] | None,
+    dtype: DTypeLike | None,
+) -> Iterator[OutTensor]:
+    written = np.dtype(value.dtype if dtype is None else dtype)
+    scale, *factors = adapter or (0.0,)
+
+    def read(layer: int) -> np.ndarray:
+        values = value, *factors
+        if "{layer}" in pattern:
+            values = _layer(values, np.int32(layer))
+        one = _merged(*values, scale, dtype=written) if factors else values[0]
+        array = _on_host(one).astype(written, copy=False)
+        return array.T if _is_kernel(path) else array
+
     for layer, (name, shape) in enumerate(_tensors_of(path, pattern, value.shape)):
+        yield OutTensor(name, shape, written, functools.partial(read, layer))
 
-        def read(layer: int = layer) -> np.ndarray:
-            return _transposed(path, np.asarray(value[layer] if stacked else value))
 
-        yield OutTensor(name, shape, np.dtype(value.dtype), read)
+@jax.jit
+def _layer(stacks: Any, layer: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _merged(
+    kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float, *, dtype: np.dtype
+) -> jax.Array:
+    kernel, lora_a, lora_b = (x.astype(jnp.float32) for x in (kernel, lora_a, lora_b))
+    update = jnp.matmul(lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel + scale * update).astype(dtype)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole array, wherever its parts lie."""
+    if not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    # An array keeps the host's copy of itself as long as it lives; this one does not live long.
+    shards = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 
 
 def write_folder(
@@ -286,33 +400,102 @@ def write_folder(
     generation_config: Mapping[str, Any] | None = None,
     tokenizer_files_from: str | os.PathLike | None = None,
     replace: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """A folder with config.json, model.safetensors and, if named, another folder's tokenizer.
+    """A folder with config.json, safetensors and, if named, another folder's tokenizer.
 
-    Written beside its place and renamed when complete. ValueError if something stands there,
-    unless `replace`.
+    tokenizer_files_from: local or remote. max_shard_bytes: larger weights are cut into several
+    files. The rest is as in `new_folder`.
     """
-    folder = Path(folder)
-    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-partial-", dir=folder.parent))
+    with new_folder(folder, replace=replace) as new:
+        write_tensors(new, tensors, max_bytes=max_shard_bytes)
+        if new is None:
+            return
+        write_json(new / "config.json", config)
+        if generation_config is not None:
+            write_json(new / "generation_config.json", generation_config)
+        if tokenizer_files_from is not None:
+            copy_tokenizer_files(tokenizer_files_from, new)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike, *, replace: bool = False) -> Iterator[Path | None]:
+    """A folder to be filled, which becomes `folder` at the end: whole, or not at all.
+
+    Of several processes the first fills it and the others get None; all go on when it is complete.
+    An error leaves nothing behind. A kill leaves a hidden folder beside `folder`, which the next
+    attempt removes. ValueError if something stands there, unless `replace`, or for a remote folder.
+    """
+    if is_remote(folder):
+        raise ValueError(f"{folder} is remote; models are written to local folders, to be copied")
+    target = Path(os.path.abspath(folder))
+    is_folder = target.is_dir()
+    if target.exists() and not (is_folder and (replace or not any(target.iterdir()))):
+        what = "is not empty" if is_folder else "is no folder"
+        raise ValueError(f"{folder} exists and {what}; choose another folder")
+    if jax.process_index() == 0:
+        with _partial(target) as partial:
+            yield partial
+            old = partial.with_name(f"{partial.name}.old")
+            if is_folder:
+                target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        yield None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{target} is written")
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, gone at the end if it still has its name.
+
+    It is locked as long as it is written to: those without a lock are what killed processes left.
+    """
+    prefix = f".{target.name}-partial-"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for other in target.parent.glob(f"{glob.escape(prefix)}*"):
+        with _locked(other) as is_ours:
+            if is_ours:
+                shutil.rmtree(other, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         partial.chmod(0o755)
-        arrays = {tensor.name: np.ascontiguousarray(tensor.read()) for tensor in tensors}
-        save_file(arrays, partial / _WEIGHTS, metadata={"format": "pt"})
-        _write_json(partial / "config.json", config)
-        if generation_config is not None:
-            _write_json(partial / "generation_config.json", generation_config)
-        if tokenizer_files_from is not None:
-            for name in _TOKENIZER_FILES:
-                if (path := Path(tokenizer_files_from) / name).is_file():
-                    shutil.copyfile(path, partial / name)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        with _locked(partial):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the lock of a folder; not if another has, or there are none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = True
+    except OSError:  # some network file systems have no locks
+        is_ours = False
+    try:
+        yield is_ours
+    finally:
+        os.close(descriptor)
+
+
+def copy_tokenizer_files(source: str | os.PathLike, folder: Path) -> None:
+    """Copies what the folder `source`, local or remote, has of a tokenizer's files."""
+    files = Files(source)
+    for name in set(files.names()).intersection(TOKENIZER_FILES):
+        (folder / name).write_bytes(files.read(name))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON as Hugging Face's own files look."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------ names
 
 
 def _tensors_of(
@@ -321,19 +504,19 @@ def _tensors_of(
     """Name and torch shape of the tensors that one parameter is made of."""
     stacked = "{layer}" in pattern
     one = shape[1:] if stacked else shape
-    one = one[::-1] if path.endswith("kernel") else one
+    one = one[::-1] if _is_kernel(path) else one
     for layer in range(shape[0] if stacked else 1):
         yield pattern.replace("{layer}", str(layer)), one
-
-
-def _transposed(path: str, array: np.ndarray) -> np.ndarray:
-    return array.T if path.endswith("kernel") else array
 
 
 def _stored(tensors: Tensors) -> dict[str, str]:
     """From a tensor's name, with the prefix and as it is, to its name on disk."""
     stored = {key: key for key in tensors.keys()}
     return stored | {_PREFIX + key: key for key in stored if not key.startswith(_PREFIX)}
+
+
+def _is_kernel(path: str) -> bool:
+    return path.endswith("kernel")
 
 
 def _path(keys: tuple[Any, ...]) -> str:
@@ -343,7 +526,3 @@ def _path(keys: tuple[Any, ...]) -> str:
 def _some(names: Sequence[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
