@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace as with_changes
 from typing import Any
 
@@ -151,26 +152,27 @@ def _options(config: BertConfig, prefix: str) -> dict[str, Any]:
 
 def config_from_hf(folder: str | os.PathLike) -> BertConfig:
     """Sizes from config.json. ValueError names a field that is missing or not supported."""
-    values: dict[str, Any] = _DEFAULTS | read_config(folder, FAMILIES)
+    return config_from_values(read_config(folder, FAMILIES), f"{folder}/config.json")
+
+
+def config_from_values(source: Mapping[str, Any], where: str) -> BertConfig:
+    """The same of a config that was read; `where` begins the message of the ValueError."""
+    values: dict[str, Any] = {**_DEFAULTS, **source}
     values.setdefault("pad_token_id", _PAD_IDS[values["model_type"]])
     for name, only in _FIXED.items():
         if values[name] != only:
-            raise ValueError(
-                f"{folder}/config.json: {name} is {values[name]!r}; it may be {only!r}"
-            )
+            raise ValueError(f"{where}: {name} is {values[name]!r}; it may be {only!r}")
     for ours, name in _FIELDS.items():
         kinds = _TYPES.get(ours, (int,))
         if type(values.get(name)) not in kinds:
             found = values.get(name)
-            raise ValueError(
-                f"{folder}/config.json: {name} is {found!r}; it must be {kinds[0].__name__}"
-            )
+            raise ValueError(f"{where}: {name} is {found!r}; it must be {kinds[0].__name__}")
     try:
         return BertConfig(**{ours: values[theirs] for ours, theirs in _FIELDS.items()})
     except ValueError as error:
         # Told in the words of the file.
         told = re.sub(r"\w+", lambda word: _FIELDS.get(word[0], word[0]), str(error))
-        raise ValueError(f"{folder}/config.json: {told}") from None
+        raise ValueError(f"{where}: {told}") from None
 
 
 def config_to_hf(config: BertConfig) -> dict[str, Any]:

@@ -7,7 +7,8 @@ the name of the tensor(s) of theirs:
      "layers.query.kernel": "model.layers.{layer}.self_attn.q_proj.weight"}
 
 `{layer}` stands for 0 … L−1, stacked along our leading dim. A parameter called `kernel` is the
-transpose of the torch weight ([in, out] against [out, in]); all others have the same layout.
+transpose of the torch weight ([in, out] against [out, in]), and so are `lora_a` and `lora_b`; all
+others have the same layout.
 
 Models are streamed both ways: beside the parameters themselves the process holds a tensor at a time
 and some pieces of rows, whatever the size of the model.
@@ -37,7 +38,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from mtllm_jax import sharding
-from mtllm_jax.hf.files import TOKENIZER_FILES, Files, is_remote
+from mtllm_jax.hf.files import TOKENIZER_CONFIG, TOKENIZER_FILES, Files, is_remote
 from mtllm_jax.hf.tensors import (
     CHUNK,
     SHARD_BYTES,
@@ -46,6 +47,7 @@ from mtllm_jax.hf.tensors import (
     row_chunks,
     write_tensors,
 )
+from mtllm_jax.hf.tokenizer_config import readable_config
 from mtllm_jax.models.layers import Linear
 
 __all__ = [
@@ -484,10 +486,18 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def copy_tokenizer_files(source: str | os.PathLike, folder: Path) -> None:
-    """Copies what the folder `source`, local or remote, has of a tokenizer's files."""
+    """Copies what the folder `source`, local or remote, has of a tokenizer's files.
+
+    What transformers 4.57 would not read of its tokenizer_config.json is put in other words.
+    """
     files = Files(source)
-    for name in set(files.names()).intersection(TOKENIZER_FILES):
+    names = set(files.names()).intersection(TOKENIZER_FILES)
+    for name in names:
         (folder / name).write_bytes(files.read(name))
+    if TOKENIZER_CONFIG in names:
+        config = files.read_json(TOKENIZER_CONFIG)
+        if (readable := readable_config(config)) != config:
+            write_json(folder / TOKENIZER_CONFIG, readable)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -516,7 +526,7 @@ def _stored(tensors: Tensors) -> dict[str, str]:
 
 
 def _is_kernel(path: str) -> bool:
-    return path.endswith("kernel")
+    return path.endswith(("kernel", "lora_a", "lora_b"))
 
 
 def _path(keys: tuple[Any, ...]) -> str:

@@ -1,6 +1,7 @@
 """NLLB and M2M100 checkpoints: `M2M100ForConditionalGeneration` folders in and out."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,8 @@ _FIELDS = {
     "pad_id": "pad_token_id",
     "eos_id": "eos_token_id",
 }
+
+_MAY_BE_0 = ("decoder_layers", "pad_token_id", "eos_token_id")
 
 # The only values that this model can have: others are another model.
 _FIXED = {"activation_function": "relu", "tie_word_embeddings": True}
@@ -153,23 +156,24 @@ def key_table(config: NLLBConfig) -> dict[str, str]:
 
 def config_from_hf(folder: str | os.PathLike) -> NLLBConfig:
     """Sizes from config.json. ValueError names a field that is missing or not supported."""
-    values: dict[str, Any] = _DEFAULTS | read_config(folder, ("m2m_100",))
+    return config_from_values(read_config(folder, ("m2m_100",)), f"{folder}/config.json")
+
+
+def config_from_values(source: Mapping[str, Any], where: str) -> NLLBConfig:
+    """The same of a config that was read; `where` begins the message of the ValueError."""
+    values: dict[str, Any] = {**_DEFAULTS, **source}
     for name, only in (_FIXED | {"decoder_start_token_id": values["eos_token_id"]}).items():
         if values[name] != only:
-            raise ValueError(
-                f"{folder}/config.json: {name} is {values[name]!r}; it may be {only!r}"
-            )
+            raise ValueError(f"{where}: {name} is {values[name]!r}; it may be {only!r}")
     for name in _FIELDS.values():
         kind = bool if name == "scale_embedding" else int
         if type(values.get(name)) is not kind:
             found = values.get(name)
-            raise ValueError(
-                f"{folder}/config.json: {name} is {found!r}; it must be {kind.__name__}"
-            )
+            raise ValueError(f"{where}: {name} is {found!r}; it must be {kind.__name__}")
     try:
         return NLLBConfig(**{ours: values[theirs] for ours, theirs in _FIELDS.items()})
     except ValueError as error:
-        raise ValueError(f"{folder}/config.json: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def config_to_hf(config: NLLBConfig) -> dict[str, Any]:
