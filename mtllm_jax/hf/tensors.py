@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -276,15 +276,20 @@ def _write_shard(path: Path | None, tensors: Sequence[OutTensor]) -> None:
         if file is not None:
             file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            array = tensor.read()
-            if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise RuntimeError(f"{tensor.name} is not of the shape and dtype it was to have")
-            if file is not None:
-                # A transposed matrix is copied to be written: a piece at a time.
-                for begin, end in row_chunks(array.shape):
-                    piece = array[begin:end] if array.ndim else array
-                    file.write(np.ascontiguousarray(piece).view(np.uint8).data)
-            del array
+            _write_tensor(file, tensor)
         if file is not None:
             file.flush()
             os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO | None, tensor: OutTensor) -> None:
+    """Reads a tensor and appends its bytes. What it held is free when it returns."""
+    array = tensor.read()
+    if array.shape != tensor.shape or array.dtype != tensor.dtype:
+        raise RuntimeError(f"{tensor.name} is not of the shape and dtype it was to have")
+    if file is None:
+        return
+    # A transposed matrix is copied to be written: a piece at a time.
+    for begin, end in row_chunks(array.shape):
+        piece = array[begin:end] if array.ndim else array
+        file.write(np.ascontiguousarray(piece).view(np.uint8).data)
