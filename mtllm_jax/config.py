@@ -245,7 +245,7 @@ class MTLLM:
     # Of the embedded text and its splits, apart from `seed`: runs of several seeds share one test,
     # and none of it lies in the dev split that settings were chosen on.
     text_seed: int
-    encoder: str  # Hugging Face folder of the MT model; "" = train the mini NLLB
+    encoder: str  # Hugging Face folder of an NLLB, M2M100, BERT or XLM-R; "" = the mini NLLB
     llm: str  # Hugging Face folder of the LLM; "" = train the mini Llama
     english: str  # FLORES-200 code of the language the LLM is adapted and trained in
     languages: tuple[str, ...]  # FLORES-200 codes of the embedded text beside English
@@ -268,6 +268,9 @@ class MTLLM:
     frozen_dtype: Literal["float32", "bfloat16"]
     unroll_layers: bool  # a Python loop over layers instead of lax.scan
     remat: Literal["none", "full", "dots"]  # what the backward pass recomputes
+    # Folder of the NLLB model that translate-test translates with; "" = the encoder, where it can.
+    translator: str = ""
+    legacy_source_order: bool = False  # NLLB's sources as transformers had them before April 2023
 
     def __post_init__(self) -> None:
         with naming("english"):

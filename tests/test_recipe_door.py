@@ -110,8 +110,8 @@ def test_real_settings_ask_for_what_is_real(own, name):
         ("llm", {}, "has no config.json"),
         (
             "encoder",
-            {"config.json": '{"model_type": "bert"}'},
-            "is 'bert'; it may be m2m",
+            {"config.json": '{"model_type": "t5"}'},
+            "is 't5'; it may be m2m_100 or bert or xlm-roberta or roberta",
         ),
         ("llm", {"config.json": '{"model_type": "m2m_100"}'}, "model_type is 'm2m_100'"),
         ("llm", {"config.json": "{"}, "is not JSON"),

@@ -18,7 +18,7 @@ from flax import nnx
 from mtllm_jax.config import TextSizes
 from mtllm_jax.data.babel_tfds import build_text
 from mtllm_jax.data.packing import padded
-from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer
+from mtllm_jax.data.tokenise import TargetTokenizer, translation_tokenizer
 from mtllm_jax.decode import greedy_translate
 from mtllm_jax.hf.llama import load_llama
 from mtllm_jax.hf.nllb import load_nllb
@@ -216,7 +216,7 @@ def test_mini_nllb(mini_run, test_rows, torch):
     import transformers
 
     folder = mini_run / "mini_nllb" / "model"
-    model, tokenizer = load_nllb(folder), SourceTokenizer(folder)
+    model, tokenizer = load_nllb(folder), translation_tokenizer(folder)
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     english, new_tokens = tokenizer.language_id("eng_Latn"), 12
     for code, rows in test_rows.groupby("language"):

@@ -8,14 +8,22 @@ import jax
 from flax import nnx
 
 from mtllm_jax import sharding
-from mtllm_jax.config import MTLLM, SIDES, naming
+from mtllm_jax.config import MTLLM, SIDES, naming, require
 from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.files import label_names, read_rows, read_texts
-from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer
+from mtllm_jax.data.tokenise import (
+    NllbTokenizer,
+    SourceTokenizer,
+    TargetTokenizer,
+    source_tokenizer,
+    translation_tokenizer,
+)
+from mtllm_jax.hf.encoder import check_encoder, has_decoder
 from mtllm_jax.hf.llama import check_llama
 from mtllm_jax.hf.nllb import check_nllb
 from mtllm_jax.languages import ENGLISH, check_language
 from mtllm_jax.models import lora
+from mtllm_jax.models.bert import BertConfig
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.tasks.classification import Classification
 
@@ -45,7 +53,8 @@ def read_inputs(config: MTLLM) -> Inputs:
         _check_lora_targets(config)
     if config.llm:
         _check_llm(config)
-    readable = _check_encoder(config) if config.encoder else (config.english, *config.languages)
+    source = _check_encoder(config) if config.encoder else None
+    readable = source.languages if source else (config.english, *config.languages)
     if config.uses_embedded_text():
         with naming("languages"):
             check_languages(config.languages)
@@ -53,9 +62,18 @@ def read_inputs(config: MTLLM) -> Inputs:
         with naming("languages"):
             for code in config.languages:
                 check_language(code, readable)
+    task = read_task(config, readable) if config.task.train else None
+    tokenizers = [source]
+    if config.translator:
+        tests = task.tests.values() if task else []
+        evaluated = {row["language"] for rows in tests for row in rows} or config.languages
+        tokenizers.append(_check_translator(config, evaluated))
+    if config.legacy_source_order and config.encoder:
+        two_orders = any(isinstance(tokenizer, NllbTokenizer) for tokenizer in tokenizers)
+        require(two_orders, "legacy_source_order", True, "False where no tokenizer is NLLB's")
     return Inputs(
         mesh=mesh,
-        task=read_task(config, readable) if config.task.train else None,
+        task=task,
         adaptation_text=_read_adaptation_text(config) if config.adaptation_text else None,
     )
 
@@ -120,7 +138,7 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
 def _check_sources(config: MTLLM) -> None:
     """Everything is either named by the user or made here; some settings make nothing here."""
     for field, given, own, what in (
-        ("encoder", config.encoder, config.mini_nllb, "the Hugging Face folder of an NLLB model"),
+        ("encoder", config.encoder, config.mini_nllb, "the Hugging Face folder of an encoder"),
         ("llm", config.llm, config.mini_llama, "the Hugging Face folder of an LLM"),
         ("adaptation_text", config.adaptation_text, config.text, "a file of English texts"),
         ("task.train", config.task.train, config.text, "a file of labelled English texts"),
@@ -166,18 +184,42 @@ def _check_llm(config: MTLLM) -> None:
         _check_vocabulary(config.llm, TargetTokenizer(config.llm).vocab_size, sizes.vocab_size)
 
 
-def _check_encoder(config: MTLLM) -> tuple[str, ...]:
-    """Returns the languages in the encoder's vocabulary."""
+def _check_encoder(config: MTLLM) -> SourceTokenizer:
+    """Returns the encoder's tokenizer."""
     with naming("encoder"):
-        sizes = check_nllb(config.encoder)
-        tokenizer = SourceTokenizer(config.encoder)
+        sizes = check_encoder(config.encoder)
+        read = translation_tokenizer if has_decoder(config.encoder) else source_tokenizer
+        tokenizer = read(config.encoder)
         _check_vocabulary(config.encoder, tokenizer.vocab_size, sizes.vocab_size)
     with naming("english"):
-        tokenizer.language_id(config.english)
+        check_language(config.english, tokenizer.languages)
+    if isinstance(sizes, BertConfig):
+        _check_lengths(config, sizes.max_positions)
     if alpha := config.adaptation.subword_sampling:
         with naming("adaptation.subword_sampling"):
             tokenizer.encode(["a"], config.english, sampling_alpha=alpha)
-    return tokenizer.languages
+    return tokenizer
+
+
+def _check_lengths(config: MTLLM, most: int) -> None:
+    """An encoder that learnt its positions has none for longer texts."""
+    lengths = {"evaluation.max_length": config.evaluation.max_length}
+    for where, training in config.stages().items():
+        if "source" in SIDES[where]:
+            lengths[f"{where}.source_length"] = training.source_length
+    for field, length in lengths.items():
+        require(length <= most, field, length, f"at most {most}, what config.encoder reads")
+
+
+def _check_translator(config: MTLLM, languages: Iterable[str]) -> SourceTokenizer:
+    """`languages` are those that are evaluated. Returns the translator's tokenizer."""
+    with naming("translator"):
+        sizes = check_nllb(config.translator)
+        tokenizer = translation_tokenizer(config.translator)
+        _check_vocabulary(config.translator, tokenizer.vocab_size, sizes.vocab_size)
+        for code in (config.english, *languages):
+            tokenizer.language_id(code)
+    return tokenizer
 
 
 def _check_vocabulary(folder: str, num_tokens: int, num_rows: int) -> None:

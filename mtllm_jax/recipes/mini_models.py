@@ -19,12 +19,8 @@ from jax import Array
 from mtllm_jax.config import MTLLM, MiniNLLB, naming
 from mtllm_jax.data.babel_tfds import TextDataset
 from mtllm_jax.data.packing import pack
-from mtllm_jax.data.tokenise import (
-    SourceTokenizer,
-    TargetTokenizer,
-    train_llama_tokenizer,
-    train_nllb_tokenizer,
-)
+from mtllm_jax.data.tokenise import TargetTokenizer, TranslationTokenizer, translation_tokenizer
+from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tokenizer
 from mtllm_jax.hf.llama import save_llama
 from mtllm_jax.hf.nllb import save_nllb
 from mtllm_jax.models.layers import split
@@ -54,7 +50,9 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
             names = _tokenizer_texts(pairs)
             with naming("mini_nllb.vocab_size"):
                 train_nllb_tokenizer(names, languages, config.vocab_size, tokenizer_folder)
-        tokenizer = SourceTokenizer(tokenizer_folder)
+        tokenizer = translation_tokenizer(
+            tokenizer_folder, legacy_source_order=job.config.legacy_source_order
+        )
         texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed)
         is_label_V = np.zeros(tokenizer.vocab_size, bool)
         for one in texts:
@@ -115,7 +113,7 @@ def _tokenizer_texts(pairs: Sequence[Any]) -> list[str]:
 
 
 def _translation_texts(
-    pairs: Sequence[Any], tokenizer: SourceTokenizer, english: str, config: MiniNLLB, seed: int
+    pairs: Sequence[Any], tokenizer: TranslationTokenizer, english: str, config: MiniNLLB, seed: int
 ) -> list[dict[str, np.ndarray]]:
     """Every pair, and the wanted share of English → English, shuffled."""
     by_language: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)

@@ -20,15 +20,14 @@ from mtllm_jax.checkpoint import load_params
 from mtllm_jax.config import MTLLM, Training
 from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import add_by_example
-from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer
+from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer, source_tokenizer
+from mtllm_jax.hf.encoder import Encoder, load_encoder
 from mtllm_jax.hf.llama import load_llama
-from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.inference import Forward, Vectors
 from mtllm_jax.models import lora
 from mtllm_jax.models.bridge import Bridge
 from mtllm_jax.models.layers import Linear, LoRAParam, split
 from mtllm_jax.models.llama import Llama
-from mtllm_jax.models.nllb import NLLB
 from mtllm_jax.models.stack import Stack, classification_head, llm_pooled, segment_mean
 from mtllm_jax.objectives import Terms, classification, pooled_mse
 from mtllm_jax.recipes.job import Job
@@ -42,7 +41,7 @@ class Parts:
 
     source: SourceTokenizer
     target: TargetTokenizer
-    encoder: NLLB  # without its decoder
+    encoder: Encoder
     llm: Llama
 
 
@@ -60,9 +59,9 @@ def load_parts(
     }
     dtype = jnp.dtype(config.frozen_dtype)
     return Parts(
-        source=SourceTokenizer(encoder_folder),
+        source=source_tokenizer(encoder_folder, legacy_source_order=config.legacy_source_order),
         target=TargetTokenizer(llm_folder),
-        encoder=load_nllb(encoder_folder, with_decoder=False, dtype=dtype, **options),
+        encoder=load_encoder(encoder_folder, dtype=dtype, **options),
         llm=load_llama(llm_folder, dtype=dtype, **options),
     )
 
@@ -449,7 +448,7 @@ def stack_forward(stack: Stack, *, causal: bool, dtype: DTypeLike) -> tuple[Forw
 class EncoderClassifier(nnx.Module):
     """MT encoder with adapters, mean pool, head: the baseline without an LLM."""
 
-    def __init__(self, encoder: NLLB, head: Linear):
+    def __init__(self, encoder: Encoder, head: Linear):
         self.encoder = encoder
         self.head = head
 

@@ -1,4 +1,4 @@
-"""From what the user names, or from nothing, to the four systems that are compared.
+"""From what the user names, or from nothing, to the systems that are compared.
 
 D width, C classes.
 """
@@ -13,8 +13,10 @@ import numpy as np
 
 from mtllm_jax.config import MTLLM
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
+from mtllm_jax.data.tokenise import translation_tokenizer
 from mtllm_jax.decode import translate
 from mtllm_jax.evaluation import Predict
+from mtllm_jax.hf.encoder import has_decoder
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.inference import Vectors
 from mtllm_jax.models.layers import Linear
@@ -29,7 +31,7 @@ from mtllm_jax.tasks.classification import Classification, Row
 class Made:
     """What the stages of a run end with."""
 
-    encoder_folder: Path
+    translator_folder: Path | None  # of what translate-test translates with
     parts: stacking.Parts
     task: Classification
     english: Sequence[str]  # texts of stage 1
@@ -46,13 +48,28 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     english = inputs.adaptation_text or [row["text"] for row in text()["adaptation"]]
     encoder_folder = Path(config.encoder or mini_models.mini_nllb(job, text()))
     llm_folder = Path(config.llm or mini_models.mini_llama(job, text()))
+    translator_folder = Path(config.translator) if config.translator else encoder_folder
+    translates = has_decoder(translator_folder)
+    if not translates:
+        job.console.print(
+            "Translate-test is left out: config.encoder cannot translate, and config.translator,"
+            " which names an NLLB model that can, is empty."
+        )
     describe_model(job.run, task, encoder_folder, llm_folder)
     parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh)
     adapted = stacking.general_adaptation(job, parts, english)
     teacher = stacking.task_teacher(job, parts, task)
     student = stacking.task_distillation(job, parts, task, adapted, teacher)
     mt_encoder = stacking.mt_encoder_baseline(job, parts, task)
-    return Made(encoder_folder, parts, task, english, teacher, student, mt_encoder)
+    return Made(
+        translator_folder if translates else None,
+        parts,
+        task,
+        english,
+        teacher,
+        student,
+        mt_encoder,
+    )
 
 
 def embedded_text(job: Job[MTLLM]) -> TextDataset:
@@ -132,15 +149,30 @@ def build_systems(job: Job[MTLLM], made: Made) -> dict[str, Predict]:
     by_stack = labels_by(stack_run, made.student.head, task.labels)
     by_llm = labels_by(llm_run, made.teacher.head, task.labels)
     by_encoder = labels_by(encoder_run, made.mt_encoder.head, task.labels)
-    # Its layers scanned whatever the config says: token by token that is the faster way.
-    translator = load_nllb(made.encoder_folder)
+    systems: dict[str, Predict] = {
+        "mt_llm": lambda rows: by_stack(source_tokens(rows)),
+        "llm_zero_shot": lambda rows: by_llm(llm_tokens([row["text"] for row in rows])),
+        "mt_encoder": lambda rows: by_encoder(source_tokens(rows)),
+    }
+    if made.translator_folder is not None:
+        into_english = translator(config, made.translator_folder)
+        systems["translate_test"] = lambda rows: by_llm(llm_tokens(into_english(rows)))
+    return systems
 
-    def translate_test(rows: Sequence[Row]) -> list[str]:
+
+def translator(config: MTLLM, folder: Path) -> Callable[[Sequence[Row]], list[str]]:
+    """Rows → their texts in English, translated by a folder's model where they are not in it."""
+    tokenizer = translation_tokenizer(folder, legacy_source_order=config.legacy_source_order)
+    # Its layers scanned whatever the config says: token by token that is the faster way.
+    model = load_nllb(folder)
+    limits = config.evaluation
+
+    def into_english(rows: Sequence[Row]) -> list[str]:
         texts = [row["text"] for row in rows]
         foreign = [i for i, row in enumerate(rows) if row["language"] != config.english]
         translated = translate(
-            translator,
-            parts.source,
+            model,
+            tokenizer,
             [texts[i] for i in foreign],
             [rows[i]["language"] for i in foreign],
             config.english,
@@ -150,11 +182,6 @@ def build_systems(job: Job[MTLLM], made: Made) -> dict[str, Predict]:
         )
         for i, text in zip(foreign, translated, strict=True):
             texts[i] = text
-        return by_llm(llm_tokens(texts))
+        return texts
 
-    return {
-        "mt_llm": lambda rows: by_stack(source_tokens(rows)),
-        "llm_zero_shot": lambda rows: by_llm(llm_tokens([row["text"] for row in rows])),
-        "mt_encoder": lambda rows: by_encoder(source_tokens(rows)),
-        "translate_test": translate_test,
-    }
+    return into_english

@@ -11,12 +11,8 @@ import sentencepiece
 from babel import Locale
 from transformers import AutoTokenizer, BatchEncoding
 
-from mtllm_jax.data.tokenise import (
-    SourceTokenizer,
-    TargetTokenizer,
-    train_llama_tokenizer,
-    train_nllb_tokenizer,
-)
+from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer, translation_tokenizer
+from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tokenizer
 from mtllm_jax.languages import LANGUAGES
 
 CODES = ["eng_Latn", "deu_Latn", "heb_Hebr", "pes_Arab", "hin_Deva", "tha_Thai", "jpn_Jpan"]
@@ -51,7 +47,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(nllb):
-    return SourceTokenizer(nllb)
+    return source_tokenizer(nllb)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +162,7 @@ def test_llama_layout_and_byte_fallback(llama, target):
 
 def test_training_is_repeatable_and_replaces_what_was_there(nllb, tmp_path):
     train_nllb_tokenizer(TEXTS["eng_Latn"], ["eng_Latn"], 500, tmp_path)
-    assert SourceTokenizer(tmp_path).vocab_size == 500
+    assert source_tokenizer(tmp_path).vocab_size == 500
     train_nllb_tokenizer(ALL, CODES, VOCAB_SIZE, tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (nllb / file.name).read_bytes()
@@ -176,7 +172,7 @@ def test_a_vocabulary_beyond_what_the_texts_give_is_all_that_they_give(tmp_path)
     texts, word = ["ab ab", "abc"], "▁abc"
     every = {word[i:j] for i in range(len(word)) for j in range(i + 1, len(word) + 1)}
     train_nllb_tokenizer(texts, ["eng_Latn"], 9000, tmp_path / "source")
-    source = SourceTokenizer(tmp_path / "source")
+    source = source_tokenizer(tmp_path / "source")
     pieces = source.pieces(range(source.vocab_size))
     assert pieces[:4] == ["<s>", "<pad>", "</s>", "<unk>"]
     assert sorted(pieces[4:-2]) == sorted(every)
@@ -189,7 +185,7 @@ def test_nothing_is_printed_and_workers_can_have_it(nllb, llama, tmp_path):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         train_llama_tokenizer(TEXTS["eng_Latn"], 500, tmp_path)
-        for tokenizer in (SourceTokenizer(nllb), TargetTokenizer(llama)):
+        for tokenizer in (source_tokenizer(nllb), TargetTokenizer(llama)):
             assert pickle.loads(pickle.dumps(tokenizer)).vocab_size == tokenizer.vocab_size
     assert out.getvalue() == ""
 
@@ -207,8 +203,8 @@ def test_bad_input(nllb, llama, source, tmp_path):
         source.encode(["a"], "deu_Latn", text_pairs=["b"], sampling_alpha=0.1)
     with pytest.raises(ValueError, match="text_pairs has 2 texts; it must have 1"):
         source.encode(["a"], "deu_Latn", text_pairs=["b", "c"])
-    with pytest.raises(ValueError, match="has no NLLB tokenizer"):
-        SourceTokenizer(llama)
+    with pytest.raises(ValueError, match="no tokenizer of NLLB or M2M100: it knows no languages"):
+        translation_tokenizer(llama)
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         TargetTokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no tokenizer that transformers can read"):
@@ -221,4 +217,4 @@ def test_bad_input(nllb, llama, source, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).write_bytes((nllb / name).read_bytes())
     with pytest.raises(ValueError, match=r"sampling_alpha is 0.1, but .*bare has no sentencepiece"):
-        SourceTokenizer(bare).encode(["a"], "deu_Latn", sampling_alpha=0.1)
+        source_tokenizer(bare).encode(["a"], "deu_Latn", sampling_alpha=0.1)

@@ -1,0 +1,52 @@
+"""Text encoders of every family here: NLLB's and M2M100's, BERT, XLM-R and RoBERTa."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mtllm_jax.hf.bert import check_bert, load_bert
+from mtllm_jax.hf.folder import read_config
+from mtllm_jax.hf.nllb import check_nllb, load_nllb
+from mtllm_jax.models.bert import FAMILIES, Bert, BertConfig
+from mtllm_jax.models.nllb import NLLB, NLLBConfig
+
+Encoder = NLLB | Bert
+
+_TRANSLATING = "m2m_100"
+
+
+def has_decoder(folder: str | os.PathLike) -> bool:
+    """Whether a folder's model can translate. ValueError for a model of no family here."""
+    config = read_config(folder, (_TRANSLATING, *FAMILIES))
+    return config["model_type"] == _TRANSLATING
+
+
+def load_encoder(
+    folder: str | os.PathLike,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    remat: str = "none",
+    unroll_layers: bool = False,
+) -> Encoder:
+    """The encoder of a folder, without the decoder where there is one.
+
+    Arguments and errors are those of `load_nllb` and `load_bert`.
+    """
+    if has_decoder(folder):
+        return load_nllb(
+            folder,
+            with_decoder=False,
+            dtype=dtype,
+            mesh=mesh,
+            remat=remat,
+            unroll_layers=unroll_layers,
+        )
+    return load_bert(folder, dtype=dtype, mesh=mesh, remat=remat, unroll_layers=unroll_layers)
+
+
+def check_encoder(folder: str | os.PathLike) -> NLLBConfig | BertConfig:
+    """Raises what `load_encoder` would, without reading any weight; returns the model's sizes."""
+    return check_nllb(folder) if has_decoder(folder) else check_bert(folder)
