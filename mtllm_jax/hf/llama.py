@@ -166,30 +166,16 @@ def config_from_hf(source: Mapping[str, Any]) -> LlamaConfig:
             raise ValueError(f"{field} is {source[field]!r}; only false is supported")
     if (activation := source.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {activation!r}; only 'silu' is supported")
-    width, num_heads = _count(source, "hidden_size"), _count(source, "num_attention_heads")
-    if source.get("head_dim") is None and width % num_heads:
-        raise ValueError(
-            f"hidden_size is {width}; without head_dim it must be a multiple of "
-            f"num_attention_heads, {num_heads}"
-        )
-    has_kv_heads = source.get("num_key_value_heads") is not None
-    num_kv_heads = _count(source, "num_key_value_heads") if has_kv_heads else num_heads
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"num_attention_heads is {num_heads}; it must be a multiple of num_key_value_heads, "
-            f"{num_kv_heads}"
-        )
+    num_heads, num_kv_heads, head_width = _heads(source)
     eos = source.get("eos_token_id")
     theta, scaling = _rope(source)
     return LlamaConfig(
         vocab_size=_count(source, "vocab_size"),
-        width=width,
+        width=_count(source, "hidden_size"),
         num_layers=_count(source, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_width=width // num_heads
-        if source.get("head_dim") is None
-        else _count(source, "head_dim"),
+        head_width=head_width,
         ffn_width=_count(source, "intermediate_size"),
         rms_eps=_positive(source.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
         rope_theta=theta,
@@ -250,6 +236,30 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     if config.family == "qwen3":
         result["attention_bias"] = False
     return result
+
+
+def _heads(source: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Query heads, key/value heads and their width."""
+    width, num_heads = _count(source, "hidden_size"), _count(source, "num_attention_heads")
+    if source.get("head_dim") is not None:
+        head_width, told = _count(source, "head_dim"), "head_dim"
+    elif width % num_heads == 0:
+        head_width, told = width // num_heads, "hidden_size / num_attention_heads"
+    else:
+        raise ValueError(
+            f"hidden_size is {width}; without head_dim it must be a multiple of "
+            f"num_attention_heads, {num_heads}"
+        )
+    if head_width % 2:
+        raise ValueError(f"{told} is {head_width}; rotary positions need an even number")
+    has_kv_heads = source.get("num_key_value_heads") is not None
+    num_kv_heads = _count(source, "num_key_value_heads") if has_kv_heads else num_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_attention_heads is {num_heads}; it must be a multiple of num_key_value_heads, "
+            f"{num_kv_heads}"
+        )
+    return num_heads, num_kv_heads, head_width
 
 
 def _rope(source: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -6,6 +6,7 @@ B rows, T positions, D width, V vocabulary.
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,33 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_models import (
+    QUICK,
+    SEGMENTS,
+    additive_mask,
+    assert_close,
+    assert_equal_tensors,
+    assert_no_further,
+    llm,
+    llm_logits,
+    torch,
+    transformers,
+)
 
-from mtllm_jax.hf.llama import config_from_hf, config_to_hf, load_llama, save_llama
+from mtllm_jax.hf.llama import check_llama, config_from_hf, config_to_hf, load_llama, save_llama
 from mtllm_jax.models.layers import RMSNorm
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
-from mtllm_jax.ops.rope import LinearScaling, Llama3Scaling, apply_rope, rope_frequencies
+from mtllm_jax.ops.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    YarnScaling,
+    apply_rope,
+    rope_frequencies,
+    rope_gain,
+)
 
-torch = pytest.importorskip("torch", reason="parity needs torch (the `test` extra on Python 3.11)")
-transformers = pytest.importorskip("transformers")
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from transformers.models.llama import modeling_llama  # noqa: E402
+from safetensors.numpy import load_file, save_file  # isort: skip
+from transformers.models.llama import modeling_llama  # isort: skip
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -34,58 +52,63 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 500_000.0, "factor": 4.0}
-# kind → (family, what differs from the common tiny config)
-KINDS = {
-    "untied": ("llama", {}),
-    "tied": ("llama", {"tie_word_embeddings": True}),
-    "llama3": ("llama", {"rope_parameters": LLAMA3, "num_key_value_heads": 1}),
-    "linear": ("llama", {"rope_parameters": LINEAR, "num_key_value_heads": 4}),
-    "wide-heads": ("llama", {"head_dim": 16, "eos_token_id": [2, 5]}),
-    "mistral-window": ("mistral", {"sliding_window": 3}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {"head_dim": 16}),
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-# Whole, right-padded, left-padded, one token, and padding in the middle of a row.
-SEGMENTS = np.array(
-    [
-        [1, 1, 1, 1, 1, 1, 1, 1, 1],
-        [1, 1, 1, 1, 1, 0, 0, 0, 0],
-        [0, 0, 0, 1, 1, 1, 1, 1, 1],
-        [1, 0, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 1, 1, 1, 1],
-    ],
-    np.int32,
-)
-IDS = np.random.default_rng(0).integers(0, 50, SEGMENTS.shape).astype(np.int32)
+YARN_IN_FULL = YARN | {
+    "attention_factor": 1.25,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "truncate": False,
+}
+
+
+def theta(value):
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
+
+
+# kind → (family, what differs from the common tiny config). SeaLLM's versions are checkpoints of
+# Llama 2, Mistral and Qwen2 with a larger vocabulary.
+KINDS = {
+    "llama-2": ("llama", {"num_key_value_heads": 4, "pad_token_id": 0} | theta(10_000.0)),
+    "llama-3": ("llama", {"eos_token_id": [2, 5]} | theta(500_000.0)),
+    "llama-3.1": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-3.2": (
+        "llama",
+        {"tie_word_embeddings": True, "head_dim": 16}
+        | {"rope_parameters": LLAMA3 | {"factor": 32.0}},
+    ),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR, "num_key_value_heads": 1}),
+    "smollm2": (
+        "llama",
+        {"tie_word_embeddings": True, "hidden_size": 72, "num_attention_heads": 9}
+        | {"num_key_value_heads": 3}
+        | theta(100_000.0),
+    ),
+    "mistral-0.1": ("mistral", {"sliding_window": 3} | theta(10_000.0)),
+    "mistral-0.3": ("mistral", {"sliding_window": None} | theta(1e6)),
+    "seallm-2": ("mistral", {"sliding_window": 5, "vocab_size": 77}),
+    "qwen2": ("qwen2", theta(1e6)),
+    "qwen2.5": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN_IN_FULL}),
+    "qwen3": ("qwen3", {"head_dim": 16} | theta(1e6)),
+    "qwen3-tied": (
+        "qwen3",
+        {"head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 1}
+        | {"rope_parameters": YARN_IN_FULL | {"truncate": True}},
+    ),
+}
+# Several rows of each kind of padding, so that the mean over them is no accident.
+ROWS = np.tile(SEGMENTS, (8, 1))
+IDS = np.random.default_rng(0).integers(0, 50, ROWS.shape).astype(np.int32)
+ON = ROWS > 0
 
 
 def torch_model(kind):
-    """A tiny model all of whose weights are random, norms and biases too, with logits near 1."""
     family, changes = KINDS[kind]
-    common = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
-    }
-    config = getattr(transformers, CLASSES[family] + "Config")(**common | changes)
-    config._attn_implementation = "eager"
-    model = getattr(transformers, CLASSES[family] + "ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim == 2:
-                weight.copy_(noise * weight.shape[1] ** -0.5)
-            else:
-                weight.copy_(0.1 * noise + ("norm" in name))
-    return model
+    return llm(family, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -104,60 +127,79 @@ def pairs(tmp_path_factory):
     return make
 
 
-def our_logits(model, ids, segments, *, causal, dtype=jnp.float32):
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def run(state, ids, segments):
-        model = nnx.merge(graph, state)
-        return model.logits(model.hidden(model.embed(ids, dtype), segments, causal=causal))
-
-    return np.asarray(run(state, ids, segments))
-
-
-def torch_logits(model, ids, segments, *, causal):
-    """Torch is told by a mask and by positions what we derive from segments (one text a row)."""
-    mask = torch.tensor(segments > 0)
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    if not causal:  # a ready 4-D mask is used as it is: every query sees the tokens of its row
-        zero = torch.zeros((), dtype=model.dtype)
-        lowest = torch.finfo(model.dtype).min
-        mask = torch.where(mask[:, None, None, :], zero, lowest).expand(-1, 1, ids.shape[1], -1)
-    with torch.no_grad():
-        ids = torch.tensor(ids, dtype=torch.long)
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+@functools.partial(jax.jit, static_argnums=(0, 4), compiler_options=QUICK)
+def both_logits(graph, state, ids, segments, dtype):
+    """{causal: logits}: the two readings of a model, compiled together."""
+    model = nnx.merge(graph, state)
+    h_BTD = model.embed(ids, dtype)
+    return {
+        causal: model.logits(model.hidden(h_BTD, segments, causal=causal))
+        for causal in (True, False)
+    }
 
 
-def assert_close(actual, expected, tolerance):
-    np.testing.assert_allclose(actual, expected, atol=tolerance, rtol=tolerance)
+def our_logits(model, dtype=jnp.float32):
+    return both_logits(*nnx.split(model), IDS, ROWS, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits(pairs, kind):
     theirs, _, ours = pairs(kind)
-    expected = torch_logits(theirs, IDS, SEGMENTS, causal=True).numpy()
-    actual = our_logits(ours, IDS, SEGMENTS, causal=True)
-    assert np.abs(expected).max() > 1
-    assert_close(actual[SEGMENTS > 0], expected[SEGMENTS > 0], 1e-4)
+    for causal, actual in our_logits(ours).items():
+        expected = llm_logits(theirs, IDS, ROWS, causal=causal).numpy()
+        assert np.abs(expected).max() > 1
+        assert_close(actual[ON], expected[ON], 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["untied", "llama3", "qwen3"])
-def test_bidirectional_logits(pairs, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_as_near_as_torch(pairs, kind):
+    """Weights and activations in bfloat16 on both sides, against torch in float32."""
+    theirs, folder, _ = pairs(kind)
+    low = (
+        type(theirs)
+        .from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+        .eval()
+    )
+    for causal, actual in our_logits(load_llama(folder, jnp.bfloat16), jnp.bfloat16).items():
+        exact, theirs_low = (
+            llm_logits(model, IDS, ROWS, causal=causal).float().numpy()[ON]
+            for model in (theirs, low)
+        )
+        assert_no_further(actual[ON], theirs_low, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_feed_forward_and_layer(pairs, kind):
+    """The second layer and its two blocks, on padded rows, causal with its window and not."""
     theirs, _, ours = pairs(kind)
-    expected = torch_logits(theirs, IDS, SEGMENTS, causal=False).numpy()
-    actual = our_logits(ours, IDS, SEGMENTS, causal=False)
-    assert_close(actual[SEGMENTS > 0], expected[SEGMENTS > 0], 1e-4)
+    graph, state = nnx.split(ours.layers)
+    width = ours.config.width
+    x = np.random.default_rng(3).normal(size=(*SEGMENTS.shape, width)).astype(np.float32)
+    positions = (np.cumsum(SEGMENTS > 0, 1, dtype=np.int32) - 1).clip(0)
 
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(state, x):
+        second = nnx.merge(graph, jax.tree.map(lambda w: w[1], state))
+        return second.feed_forward(x), {
+            causal: (
+                second.attend(x, SEGMENTS, positions, causal=causal),
+                second(x, SEGMENTS, positions, causal=causal),
+            )
+            for causal in (True, False)
+        }
 
-def test_bfloat16_is_as_near_as_torch(pairs):
-    theirs, _, ours = pairs("llama3")
-    exact = torch_logits(theirs, IDS, SEGMENTS, causal=True).numpy()
-    low = torch_model("llama3").to(torch.bfloat16)
-    theirs_low = torch_logits(low, IDS, SEGMENTS, causal=True).float().numpy()
-    ours_low = our_logits(ours, IDS, SEGMENTS, causal=True, dtype=jnp.bfloat16)
-    is_token = SEGMENTS > 0
-    allowed = np.abs(theirs_low - exact)[is_token].mean()
-    assert np.abs(ours_low - exact)[is_token].mean() <= allowed
+    fed, read = run(state, x)
+    layer = theirs.model.layers[1]
+    h = torch.tensor(x)
+    rotary = theirs.model.rotary_emb(h, torch.tensor(positions))
+    with torch.no_grad():
+        assert_close(fed, layer.mlp(h), 1e-5)
+        for causal, (attended, whole) in read.items():
+            window = ours.config.sliding_window if causal else None
+            mask = additive_mask(SEGMENTS, SEGMENTS, h.dtype, causal=causal, window=window)
+            told = {"position_embeddings": rotary, "attention_mask": mask}
+            assert_close(attended[SEGMENTS > 0], layer.self_attn(h, **told)[0][SEGMENTS > 0], 1e-5)
+            assert_close(whole[SEGMENTS > 0], layer(h, **told)[SEGMENTS > 0], 1e-5)
 
 
 def test_norm():
@@ -170,19 +212,30 @@ def test_norm():
 
 
 @pytest.mark.parametrize(
-    ("parameters", "theta", "scaling"),
+    ("parameters", "scaling"),
     [
-        ({"rope_type": "default", "rope_theta": 500_000.0}, 500_000.0, None),
-        (LINEAR, 500_000.0, LinearScaling(4.0)),
-        (LLAMA3, 10_000.0, Llama3Scaling(8.0, 1.0, 4.0, 32)),
+        ({"rope_type": "default", "rope_theta": 500_000.0}, None),
+        (LINEAR, LinearScaling(4.0)),
+        (LLAMA3, Llama3Scaling(8.0, 1.0, 4.0, 32)),
         (
             LLAMA3 | {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192},
-            500_000.0,
             Llama3Scaling(8.0, 1.0, 4.0, 8192),  # Llama 3.1
         ),
+        (YARN, YarnScaling(4.0, 64, 1.1386294361119891)),  # 0.1 ln 4 + 1
+        (YARN_IN_FULL, YarnScaling(4.0, 64, 1.25, 16.0, 2.0, truncate=False)),
+        (
+            YARN | {"rope_theta": 1e6, "original_max_position_embeddings": 32_768},
+            YarnScaling(4.0, 32_768, 1.1386294361119891),  # Qwen2.5 and Qwen3
+        ),
+        (
+            YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+            YarnScaling(40.0, 64, 1.1557219901962608),  # (0.1 ln 40 + 1) / (0.05 ln 40 + 1)
+        ),
+        (YARN | {"original_max_position_embeddings": 4}, YarnScaling(4.0, 4, 1.1386294361119891)),
+        (YARN | {"factor": 1.0, "beta_slow": 32.0, "beta_fast": 33.0}, None),
     ],
 )
-def test_rope(parameters, theta, scaling):
+def test_rope(parameters, scaling):
     config = transformers.LlamaConfig(
         hidden_size=256,
         num_attention_heads=2,
@@ -190,7 +243,10 @@ def test_rope(parameters, theta, scaling):
         rope_parameters=dict(parameters),
     )
     theirs = modeling_llama.LlamaRotaryEmbedding(config)
-    frequencies = rope_frequencies(128, theta, scaling)
+    ours = config_from_hf(config.to_dict())
+    assert ours.rope_theta == parameters["rope_theta"]
+    assert ours.rope_scaling == scaling or scaling is None
+    frequencies = rope_frequencies(128, ours.rope_theta, ours.rope_scaling)
     np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=5e-7, atol=0)
 
     x = np.random.default_rng(2).normal(size=(2, 40, 3, 128)).astype(np.float32)
@@ -199,25 +255,8 @@ def test_rope(parameters, theta, scaling):
     turned, _ = modeling_llama.apply_rotary_pos_emb(
         torch.tensor(x), torch.tensor(x), cos, sin, unsqueeze_dim=2
     )
-    assert_close(apply_rope(jnp.asarray(x), positions, frequencies), turned.numpy(), 1e-5)
-
-
-@pytest.mark.parametrize("kind", ["llama3", "qwen2", "qwen3"])
-def test_layer(pairs, kind):
-    theirs, _, ours = pairs(kind)
-    x = np.random.default_rng(3).normal(size=(2, 9, 32)).astype(np.float32)
-    positions = np.tile(np.arange(9, dtype=np.int32)[None], (2, 1))
-    graph, state = nnx.split(ours.layers)
-    second = nnx.merge(graph, jax.tree.map(lambda w: w[1], state))
-    run = jax.jit(lambda x: second(x, np.ones((2, 9), np.int32), positions, causal=True))
-    actual = run(x)
-    rotary = theirs.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
-    mask = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1).expand(2, 1, 9, 9)
-    with torch.no_grad():
-        expected = theirs.model.layers[1](
-            torch.tensor(x), attention_mask=mask, position_embeddings=rotary
-        )
-    assert_close(actual, expected.numpy(), 1e-5)
+    actual = apply_rope(jnp.asarray(x), positions, frequencies, rope_gain(ours.rope_scaling))
+    assert_close(actual, turned, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,56 +264,123 @@ def test_round_trip(pairs, kind, tmp_path):
     """Tensors bitwise as they were; a config transformers reads as it read the first."""
     theirs, folder, ours = pairs(kind)
     save_llama(ours, tmp_path / "saved")
-    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "saved"))
-    assert before.keys() == after.keys()
-    for name, array in before.items():
-        np.testing.assert_array_equal(array, after[name], strict=True, err_msg=name)
-
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_equal_tensors(folder, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", attn_implementation="eager"
+    )
     assert type(again) is type(theirs)
     told = [m.config.to_dict() for m in (theirs, again)]
     for field in ("_name_or_path", "architectures", "max_window_layers", "dtype"):
         for one in told:
             one.pop(field, None)
-    if kind == "qwen2":  # transformers derives it, we write it
+    if kind.startswith("qwen2"):  # transformers derives it, we write it
         assert told[1].pop("head_dim") == 8
     assert told[0] == told[1]
-    is_token = SEGMENTS > 0
-    expected = torch_logits(theirs, IDS, SEGMENTS, causal=True)[is_token]
-    assert_close(torch_logits(again, IDS, SEGMENTS, causal=True)[is_token], expected, 1e-5)
+    expected = llm_logits(theirs, IDS, ROWS, causal=True)[ON]
+    assert_close(llm_logits(again, IDS, ROWS, causal=True)[ON], expected, 1e-5)
 
 
-def test_bfloat16_on_disk(tmp_path):
-    low = torch_model("tied").to(torch.bfloat16)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_ours_run_in_torch(family, tmp_path):
+    """From scratch and in bfloat16: nothing of it came from a folder."""
+    config = dataclasses.replace(
+        TINY,
+        family=family,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=None,
+        rope_scaling=YarnScaling(2.0, 8, 1.1),
+        tie_embeddings=family in ("llama", "qwen2"),
+    )
+    graph, state = nnx.split(fresh(config))
+    model = nnx.merge(graph, jax.tree.map(lambda w: w.astype(jnp.bfloat16), state))
+    save_llama(model, tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, attn_implementation="eager"
+    )
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
+    ids = IDS % config.vocab_size
+    for causal, actual in both_logits(*nnx.split(model), ids, ROWS, jnp.float32).items():
+        expected = llm_logits(theirs, ids, ROWS, causal=causal)
+        assert_close(actual[ON], expected[ON], 1e-4)
+    assert load_llama(tmp_path / "saved").config == config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama-3.2", "mistral-0.1", "qwen2", "qwen3"])
+def test_dtypes_on_disk(kind, dtype, tmp_path):
+    """Kept on request, bit for bit on the way out again; otherwise widened exactly."""
+    low = torch_model(kind).to(getattr(torch, dtype))
     low.save_pretrained(tmp_path / "low")
-    kept, widened = (load_llama(tmp_path / "low", dtype) for dtype in (jnp.bfloat16, jnp.float32))
-    assert kept.embedding[...].dtype == jnp.bfloat16
+    kept, widened = (load_llama(tmp_path / "low", jnp.dtype(d)) for d in (dtype, "float32"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), b),
+        nnx.state(kept),
+        nnx.state(widened),
+    )
+    assert widened.embedding[...].dtype == jnp.float32
     np.testing.assert_array_equal(
-        kept.embedding[...].astype(jnp.float32), widened.embedding[...], strict=True
+        widened.embedding[...], low.get_input_embeddings().weight.detach().float()
     )
     save_llama(kept, tmp_path / "saved")
+    assert_equal_tensors(tmp_path / "low", tmp_path / "saved")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
     for (name, a), b in zip(low.named_parameters(), again.parameters(), strict=True):
-        assert a.dtype == b.dtype == torch.bfloat16
+        assert a.dtype == b.dtype
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("kind", ["llama3", "linear", "untied"])
+@pytest.mark.parametrize("form", ["sharded", "base model", "without prefix", "old constants"])
+@pytest.mark.parametrize("kind", ["llama-2", "llama-3.2", "mistral-0.1", "qwen2.5", "qwen3-tied"])
+def test_forms_on_disk(pairs, kind, form, tmp_path):
+    """The same weights in other files: in several, under shorter names, beside a constant."""
+    theirs, folder, ours = pairs(kind)
+    tied = theirs.config.tie_word_embeddings
+    if form == "sharded":
+        theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    elif form == "base model":
+        theirs.model.save_pretrained(tmp_path)  # AutoModel's files: no prefix, no output
+    else:
+        tensors = load_file(folder / "model.safetensors")
+        if form == "without prefix":
+            tensors = {name.removeprefix("model."): array for name, array in tensors.items()}
+        else:
+            for layer in range(2):
+                name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+                tensors[name] = np.ones(4, np.float32)
+        save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    if form == "base model" and not tied:
+        with pytest.raises(ValueError, match=r"missing: lm_head\.weight$"):
+            load_llama(tmp_path)
+        return
+    again = load_llama(tmp_path)
+    assert again.config == ours.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(ours))
+
+
+@pytest.mark.parametrize("kind", ["llama-3.1", "llama-linear", "llama-3", "qwen2.5", "mistral-0.1"])
 def test_transformers_4_config(pairs, kind, tmp_path):
-    """`rope_theta` beside `rope_scaling`, its kind under the older name `type`."""
+    """`rope_theta` beside `rope_scaling`, its kind under the older name `type` or the newer."""
     _, folder, ours = pairs(kind)
     config = json.loads((folder / "config.json").read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     kind_of_rope = rope.pop("rope_type")
-    config["rope_scaling"] = None if kind_of_rope == "default" else rope | {"type": kind_of_rope}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("type", "rope_type"):
+        scaling = None if kind_of_rope == "default" else rope | {name: kind_of_rope}
+        config["rope_scaling"] = scaling
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+        assert (theirs["rope_type"], theirs["rope_theta"]) == (kind_of_rope, ours.config.rope_theta)
+        assert config_from_hf(config) == ours.config
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    assert load_llama(tmp_path).config == ours.config
+    assert check_llama(tmp_path) == ours.config
 
 
 def test_tied_output_stored_alone_or_twice(pairs, tmp_path):
-    _, folder, ours = pairs("tied")
+    _, folder, ours = pairs("llama-3.2")
     tensors = load_file(folder / "model.safetensors")
     embedding = tensors.pop("model.embed_tokens.weight")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -297,37 +403,60 @@ def test_tied_output_stored_alone_or_twice(pairs, tmp_path):
         load_llama(tmp_path)
 
 
+def rope(**values):
+    return {"rope_parameters": values}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
         (
-            "untied",
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope_type is 'longrope'; allowed: default, linear, llama3, yarn",
+            "llama-3",
+            rope(rope_type="longrope"),
+            "longrope'; allowed: default, linear, llama3, yarn",
         ),
-        ("untied", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type is 'dynamic'"),
-        ("untied", {"rope_parameters": {"full_attention": {}}}, "one set of values for all layers"),
-        ("untied", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
-        ("untied", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None"),
-        ("untied", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
-        ("untied", {"attention_bias": True}, "attention_bias is True"),
-        ("untied", {"quantization_config": {"bits": 4}}, "quantised"),
+        ("llama-3", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type is 'dynamic'"),
+        ("llama-3", rope(rope_type="su"), "rope_parameters.rope_type is 'su'; allowed: default"),
+        ("llama-3", rope(full_attention={}), "one set of values for all layers"),
+        ("llama-3", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5; only 1"),
+        ("llama-3", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None"),
+        ("llama-3", rope(rope_theta=1), "rope_theta is 1; it must be a number above 1"),
+        ("llama-3", rope(rope_theta="1e4"), "rope_theta is '1e4'; it must be a number"),
+        ("llama-3.1", rope(**LLAMA3 | {"low_freq_factor": 4}), "low_freq_factor is 4.0; .* below"),
+        ("qwen2.5", rope(**YARN | {"beta_slow": 64}), "beta_slow is 64.0; .* below beta_fast, 32"),
+        ("qwen2.5", rope(**YARN | {"truncate": "no"}), "truncate is 'no'; it must be true or fal"),
+        ("qwen2.5", rope(**YARN | {"attention_factor": 0}), "attention_factor is 0; .* above 0"),
         (
-            "untied",
-            {"num_key_value_heads": 3},
-            "num_attention_heads is 4; .* of num_key_val",
+            "qwen2.5",
+            rope(**YARN | {"original_max_position_embeddings": 6.5}),
+            r"original_max_position_embeddings is 6\.5; it must be a whole number",
         ),
+        ("llama-3", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+        ("llama-3", {"attention_bias": True}, "attention_bias is True; only false"),
+        ("llama-3", {"mlp_bias": True}, "mlp_bias is True; only false"),
+        ("llama-3", {"quantization_config": {"bits": 4}}, "quantised"),
+        ("llama-3", {"num_key_value_heads": 3}, "num_attention_heads is 4; .* of num_key_val"),
         (
-            "untied",
+            "qwen2",
             {"num_attention_heads": 5, "head_dim": None},
             "hidden_size is 32; .* of num_att",
         ),
-        ("untied", {"intermediate_size": None}, "intermediate_size is None"),
-        ("untied", {"model_type": "gemma"}, "model_type is 'gemma'; it may be llama or mistral"),
-        ("untied", {"num_hidden_layers": 3}, "missing: model.layers.2.input_layernorm.weight"),
-        ("untied", {"num_hidden_layers": 1}, "unexpected: model.layers.1.input_layernorm.weight"),
-        ("untied", {"vocab_size": 60}, r"embed_tokens.weight is \[50, 32\], by the config \[60, 3"),
-        ("tied", {"tie_word_embeddings": False}, "missing: lm_head.weight"),
+        ("llama-3", {"head_dim": 7}, "head_dim is 7; rotary positions need an even number"),
+        ("llama-3", {"intermediate_size": None}, "intermediate_size is None; .* whole number"),
+        ("llama-3", {"rms_norm_eps": 0}, "rms_norm_eps is 0; it must be a number above 0"),
+        *(
+            ("llama-3", {"model_type": other}, f"model_type is '{other}'; it may be llama or mis")
+            for other in ("gemma", "gemma2", "phi3", "mixtral", "qwen2_moe", "ministral")
+        ),
+        ("llama-3", {"num_hidden_layers": 3}, "missing: model.layers.2.input_layernorm.weight"),
+        ("llama-3", {"num_hidden_layers": 1}, "unexpected: model.layers.1.input_layernorm.weight"),
+        ("llama-3", {"vocab_size": 60}, r"embed_tokens.weight is \[50, 32\], by the config \[60, "),
+        ("llama-3", {"model_type": "qwen2"}, "missing: model.layers.0.self_attn.k_proj.bias"),
+        ("qwen2", {"model_type": "llama"}, "unexpected: model.layers.0.self_attn.k_proj.bias"),
+        ("qwen3", {"model_type": "llama"}, "unexpected: model.layers.0.self_attn.k_norm.weight"),
+        ("llama-3.2", {"tie_word_embeddings": False}, "missing: lm_head.weight"),
+        ("llama-3", {"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tok"),
+        ("mistral-0.1", {"sliding_window": 0}, "sliding_window is 0; it must be a whole number"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True; only false"),
         (
             "qwen3",
@@ -341,10 +470,20 @@ def test_what_does_not_fit_is_refused(pairs, kind, changes, message, tmp_path):
     config = json.loads((folder / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    with pytest.raises(ValueError, match=message) as caught:
+    for read in (load_llama, check_llama):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_named(pairs, tmp_path):
+    theirs, _, _ = pairs("llama-3")
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    cut = sorted(tmp_path.glob("*.safetensors"))[1]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=re.escape(str(cut)) + " is truncated"):
         load_llama(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 TINY = LlamaConfig(
@@ -370,7 +509,7 @@ def tiny_state():
     return nnx.state(fresh(TINY))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="causal")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="causal", compiler_options=QUICK)
 @functools.partial(jax.value_and_grad, argnums=1)
 def value_and_gradients(graph, state, ids, segments, weights, *, causal):
     model = nnx.merge(graph, state)
@@ -447,8 +586,8 @@ def test_fresh_logits_are_of_size_one():
         config = LlamaConfig(200, width, layers, 4, 2, width // 4, 2 * width, tie_embeddings=True)
         model = fresh(config)
         ids = np.random.default_rng(6).integers(0, 200, (4, 8))
-        logits = our_logits(model, ids, np.ones((4, 8), np.int32), causal=True)
-        assert 0.7 < logits.std() < 1.3
+        ones = np.ones((4, 8), np.int32)
+        assert 0.7 < both_logits(*nnx.split(model), ids, ones, jnp.float32)[True].std() < 1.3
 
 
 @st.composite
@@ -460,6 +599,15 @@ def configs(draw):
         st.builds(LinearScaling, st.floats(1, 8)),
         st.builds(
             Llama3Scaling, st.floats(1, 8), st.floats(0.5, 2), st.floats(3, 8), st.integers(16, 64)
+        ),
+        st.builds(
+            YarnScaling,
+            st.floats(1, 8),
+            st.integers(16, 64),
+            st.floats(0.5, 2),
+            st.floats(16, 64),
+            st.floats(0.5, 4),
+            st.booleans(),
         ),
     )
     return LlamaConfig(
