@@ -45,16 +45,35 @@ class Stack(nnx.Module):
     ) -> Array:
         """Mean of the LLM's last states over each text's encoder positions. float32 [B, N, D].
 
-        noise: (per position, per text) std added to the encoder's states when `key` is given; the
-        same key drops LoRA inputs.
+        The arguments are those of `hidden`.
+        """
+        h_BSD = self.hidden(
+            ids_BS, segments_BS, num_texts, causal=causal, dtype=dtype, noise=noise, key=key
+        )
+        return segment_mean(h_BSD, segments_BS, num_texts)
+
+    def hidden(
+        self,
+        ids_BS: Array,
+        segments_BS: Array,
+        num_texts: int,
+        *,
+        causal: bool,
+        dtype: jnp.dtype = jnp.float32,
+        noise: tuple[float, float] = (0.0, 0.0),
+        key: Array | None = None,
+    ) -> Array:
+        """The LLM's last states at the encoder's positions, [B, S, D] in `dtype`.
+
+        num_texts: the most in a row. noise: (per position, per text) std added to the encoder's
+        states when `key` is given; the same key drops LoRA inputs.
         """
         noise_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         h_BSE = self.encoder.encode(ids_BS, segments_BS, dtype)
         h_BSE = add_noise(h_BSE, segments_BS, num_texts, *noise, noise_key)
-        h_BSD = self.llm.hidden(
+        return self.llm.hidden(
             self.bridge(h_BSE), segments_BS, causal=causal, dropout_key=dropout_key
         )
-        return segment_mean(h_BSD, segments_BS, num_texts)
 
 
 def llm_pooled(

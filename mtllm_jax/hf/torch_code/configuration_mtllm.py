@@ -1,5 +1,6 @@
 """Configuration of a stack: MT encoder, linear bridge, LLM, head."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -11,7 +12,8 @@ class MTLLMConfig(PretrainedConfig):
     encoder_config, llm_config: configurations of the models, or their dicts.
     bidirectional: every position of the LLM sees the whole text, not only what stands before it.
     max_source_length: tokens of the longest text; the end of a longer one is cut off.
-    languages: codes that a text begins with, in the encoder's vocabulary; empty where it has none.
+    languages: codes that a text may be in. language_ids: the token for each of them, which a text
+    begins with, or ends with if language_at_end; None where the encoder is told no language.
     head: "none", "classification" or "multiple_choice".
     lora: adapters of the LLM's linear maps, {name: {"r": rank, "alpha": …}}; None where there are
     none, or merged ones.
@@ -26,7 +28,9 @@ class MTLLMConfig(PretrainedConfig):
         llm_config: Any = None,
         bidirectional: bool = True,
         max_source_length: int = 512,
-        languages: tuple[str, ...] = (),
+        languages: Sequence[str] = (),
+        language_ids: Sequence[int] | None = None,
+        language_at_end: bool = False,
         head: str = "none",
         lora: dict[str, dict[str, float]] | None = None,
         **kwargs: Any,
@@ -36,6 +40,8 @@ class MTLLMConfig(PretrainedConfig):
         self.bidirectional = bidirectional
         self.max_source_length = max_source_length
         self.languages = list(languages)
+        self.language_ids = None if language_ids is None else list(language_ids)
+        self.language_at_end = language_at_end
         self.head = head
         self.lora = lora
         super().__init__(**kwargs)

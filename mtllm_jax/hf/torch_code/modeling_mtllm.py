@@ -24,8 +24,6 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from .configuration_mtllm import MTLLMConfig
 from .multiple_choice import choice_segments, choice_text, kept_tokens
 
-Language = str | Sequence[str] | None
-
 
 class LoRALinear(nn.Module):
     """A linear map and its low-rank update: W x + alpha / r · B A x."""
@@ -93,11 +91,13 @@ class MTLLMModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], lang: Language = None, batch_size: int = 32) -> Tensor:
+    def encode(
+        self, texts: Sequence[str], lang: str | Sequence[str], batch_size: int = 32
+    ) -> Tensor:
         """The vector of each text, float32 [texts, D] on the CPU.
 
-        lang: a code of `config.languages`, or one for each text; has no effect where that is empty.
-        A text of more than `config.max_source_length` tokens loses its end.
+        lang: a code of `config.languages`, or one for each text; an encoder that is told none reads
+        all alike. A text of more than `config.max_source_length` tokens loses its end.
         """
         length = self.config.max_source_length
         rows = self._tokenized(texts, lang, truncation=True, max_length=length)["input_ids"]
@@ -111,7 +111,8 @@ class MTLLMModel(PreTrainedModel):
     def tokenizer(self) -> Any:
         """The encoder's, read from the model's own folder when it is first needed."""
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+            # Given the config, it need not run the folder's code once more to know it.
+            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config)
         return self._tokenizer
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -120,26 +121,29 @@ class MTLLMModel(PreTrainedModel):
         if self.name_or_path:  # "" for a model that was not read from a folder
             self.tokenizer.save_pretrained(save_directory)
 
-    def _tokenized(self, texts: Sequence[str], lang: Language, **options: Any) -> dict[str, Any]:
-        """Token ids of each text, its language first, and what else `options` ask for."""
+    def _tokenized(
+        self, texts: Sequence[str], lang: str | Sequence[str], **options: Any
+    ) -> dict[str, Any]:
+        """Token ids of each text, told its language, and what else `options` ask for."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts is {texts!r}; it must be a list of str")
-        if not texts:
-            return {"input_ids": []}
-        encoding = self.tokenizer(list(texts), **options)
-        if not (known := self.config.languages):
-            return encoding
-        codes = [lang] * len(texts) if lang is None or isinstance(lang, str) else lang
+        codes = [lang] * len(texts) if isinstance(lang, str) else list(lang)
         if len(codes) != len(texts):
-            raise ValueError(f"lang has {len(codes)} codes; it must be one, or {len(texts)}")
-        ids = dict(zip(known, self.tokenizer.convert_tokens_to_ids(known), strict=True))
-        for row, code in zip(encoding["input_ids"], codes, strict=True):
-            if code not in ids:
+            raise ValueError(f"lang has {len(codes)} codes; it must be one or {len(texts)}")
+        known = self.config.languages
+        for code in codes:
+            if code not in known:
                 nearest = ", ".join(difflib.get_close_matches(str(code), known, cutoff=0.0))
                 raise ValueError(f"lang is {code!r}; of {len(known)} codes the nearest: {nearest}")
-            if row[0] not in ids.values() or ids[code] == self.tokenizer.unk_token_id:
-                raise ValueError(f"the tokenizer in {self.name_or_path} puts no {code} first")
-            row[0] = ids[code]
+        encoding = self.tokenizer(list(texts), **options) if texts else {"input_ids": []}
+        if self.config.language_ids is not None:
+            ids = dict(zip(known, self.config.language_ids, strict=True))
+            for row, code in zip(encoding["input_ids"], codes, strict=True):
+                if row[0] not in ids.values():
+                    raise ValueError(f"the tokenizer of {self.name_or_path} tells no language")
+                row[0] = ids[code]
+        if self.config.language_at_end:
+            encoding = {k: [[*row[1:], row[0]] for row in rows] for k, rows in encoding.items()}
         return encoding
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -171,7 +175,7 @@ class MTLLMForSequenceClassification(MTLLMModel):
 
     @torch.no_grad()
     def classify(
-        self, texts: Sequence[str], lang: Language = None, batch_size: int = 32
+        self, texts: Sequence[str], lang: str | Sequence[str], batch_size: int = 32
     ) -> list[dict[str, float]]:
         """For each text the probability of every label, the likeliest first; as `encode`."""
         vectors = self.encode(texts, lang, batch_size).to(self.device)
@@ -222,7 +226,7 @@ class MTLLMForMultipleChoice(MTLLMModel):
         contexts: Sequence[str],
         questions: Sequence[str],
         choices: Sequence[Sequence[str]],
-        lang: Language = None,
+        lang: str | Sequence[str],
         batch_size: int = 32,
     ) -> list[list[float]]:
         """The probability of each choice, in the order given; lang as of `encode`.
