@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -108,6 +109,37 @@ def test_target_language_of_the_decoder(nllb, source):
     labels = ids(reference(text_target=texts))
     assert as_lists(source.encode_target(texts, "jpn_Jpan")) == labels
     assert labels[0][0] == source.language_id("jpn_Jpan")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_legacy_order_of_sources(nllb, source, tmp_path, stored):
+    """`text </s> [language]` where it is asked for, whatever the folder itself says."""
+    folder = tmp_path / "nllb"
+    shutil.copytree(nllb, folder)
+    about = json.loads((nllb / "tokenizer_config.json").read_text())
+    about["legacy_behaviour"] = stored
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    reference = AutoTokenizer.from_pretrained(folder, src_lang="deu_Latn", legacy_behaviour=True)
+    legacy = source_tokenizer(folder, legacy_source_order=True)
+    first, second = TEXTS["deu_Latn"][:60], TEXTS["deu_Latn"][60:120]
+    for max_length in (3, 9, None):
+        options = {"truncation": max_length is not None, "max_length": max_length}
+        rows = as_lists(legacy.encode(first, "deu_Latn", max_length=max_length))
+        assert rows == ids(reference(first, **options))
+        assert all(row[-2:] == [2, source.language_id("deu_Latn")] for row in rows)
+        pairs = legacy.encode(first, "deu_Latn", text_pairs=second, max_length=max_length)
+        assert as_lists(pairs) == ids(reference(first, second, **options))
+    drawn = as_lists(legacy.encode(first, "deu_Latn", sampling_alpha=0.3, seed=5))
+    usual = as_lists(source.encode(first, "deu_Latn", sampling_alpha=0.3, seed=5))
+    assert drawn == [[*row[1:], row[0]] for row in usual]
+    # What the decoder says has always begun with its language.
+    assert as_lists(legacy.encode_target(first, "deu_Latn")) == as_lists(
+        source.encode(first, "deu_Latn")
+    )
+    again = pickle.loads(pickle.dumps(legacy))
+    assert as_lists(again.encode(first, "deu_Latn")) == as_lists(legacy.encode(first, "deu_Latn"))
+    usual = source_tokenizer(folder).encode(first, "deu_Latn")
+    assert as_lists(usual) == as_lists(source.encode(first, "deu_Latn"))
 
 
 @pytest.mark.parametrize("max_length", [3, 5, 9])
