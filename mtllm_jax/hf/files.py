@@ -78,9 +78,10 @@ def is_remote(folder: str | os.PathLike) -> bool:
 def local_files(
     folder: str | os.PathLike, names: Sequence[str] = ("config.json", *TOKENIZER_FILES)
 ) -> Path:
-    """A local folder with those of the files `names` that `folder` has, for who needs paths.
+    """A local folder with those of the files `names` that `folder` has, for who needs a path.
 
-    It is `folder` itself where that is local; else a copy that lasts as long as the process.
+    names: they may lie in sub-folders. The result is `folder` itself where that is local, else a
+    copy that lasts as long as the process.
     """
     if not is_remote(folder):
         return Path(folder)
@@ -91,8 +92,11 @@ def local_files(
 def _copy(folder: str, names: tuple[str, ...]) -> tempfile.TemporaryDirectory:
     """The object removes its folder when the process ends."""
     files, copy = Files(folder), tempfile.TemporaryDirectory(prefix="mtllm-")
-    for name in set(files.names()).intersection(names):
-        (Path(copy.name) / name).write_bytes(files.read(name))
+    for name in names:
+        if files.has(name):
+            path = Path(copy.name) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(files.read(name))
     return copy
 
 

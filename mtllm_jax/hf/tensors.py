@@ -193,13 +193,15 @@ def _no_safetensors(files: Files, weights: str, index: str) -> str:
 def conversion(name: str, architecture: str = "", to: str | None = None) -> str:
     """The command, of one line, by which transformers writes a model's weights as safetensors.
 
-    architecture: transformers' class, as config.json gives it. to: a folder; None = the model's.
+    architecture: transformers' class, as config.json gives it. to: another folder, which gets the
+    tokenizer too; None = beside the weights as they are.
     """
     model = architecture if architecture.isidentifier() else "AutoModel"
-    return (
-        f'python -c "from transformers import {model} as M; '
-        f'M.from_pretrained({name!r}).save_pretrained({(to or name)!r})"'
-    )
+    if to is None:
+        code = f"from transformers import {model} as M; M.from_pretrained({name!r})"
+        return f'python -c "{code}.save_pretrained({name!r})"'
+    code = f"from transformers import {model}, AutoTokenizer; [c.from_pretrained({name!r})"
+    return f'python -c "{code}.save_pretrained({to!r}) for c in ({model}, AutoTokenizer)]"'
 
 
 def row_chunks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
