@@ -162,18 +162,31 @@ def config_from_hf(folder: str | os.PathLike) -> NLLBConfig:
 def config_from_values(source: Mapping[str, Any], where: str) -> NLLBConfig:
     """The same of a config that was read; `where` begins the message of the ValueError."""
     values: dict[str, Any] = {**_DEFAULTS, **source}
-    for name, only in (_FIXED | {"decoder_start_token_id": values["eos_token_id"]}).items():
-        if values[name] != only:
-            raise ValueError(f"{where}: {name} is {values[name]!r}; it may be {only!r}")
-    for name in _FIELDS.values():
-        kind = bool if name == "scale_embedding" else int
-        if type(values.get(name)) is not kind:
-            found = values.get(name)
-            raise ValueError(f"{where}: {name} is {found!r}; it must be {kind.__name__}")
     try:
-        return NLLBConfig(**{ours: values[theirs] for ours, theirs in _FIELDS.items()})
+        _check(values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    return NLLBConfig(**{ours: values[theirs] for ours, theirs in _FIELDS.items()})
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first field that does not fit, in config.json's words."""
+    for name, only in (_FIXED | {"decoder_start_token_id": values["eos_token_id"]}).items():
+        if values[name] != only:
+            raise ValueError(f"{name} is {values[name]!r}; it may be {only!r}")
+    for name in _FIELDS.values():
+        value, least = values.get(name), 0 if name in _MAY_BE_0 else 1
+        if name == "scale_embedding":
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be true or false")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} on")
+    width = values["d_model"]
+    if width % 2 or width < 4:
+        raise ValueError(f"d_model is {width}; it must be even and at least 4")
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        if width % values[name]:
+            raise ValueError(f"{name} is {values[name]}; it must divide d_model, {width}")
 
 
 def config_to_hf(config: NLLBConfig) -> dict[str, Any]:
