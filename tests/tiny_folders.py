@@ -79,7 +79,7 @@ def roberta_tokenizer(folder: Path, texts: Iterable[str], size: int = 1500) -> N
 
 
 def xlmr(folder: Path, texts: Iterable[str]) -> None:
-    """An encoder without language tokens, 32 wide, for texts of up to 126 tokens."""
+    """An encoder without language tokens, 32 wide, for texts of up to 130 tokens."""
     xlmr_tokenizer(tokenizer := folder.with_name(f"{folder.name}-tokenizer"), texts)
     config = BertConfig(
         vocab_size=source_tokenizer(tokenizer).vocab_size,
@@ -87,7 +87,7 @@ def xlmr(folder: Path, texts: Iterable[str]) -> None:
         num_layers=1,
         num_heads=2,
         ffn=64,
-        num_positions=128,
+        num_positions=132,
         pad_id=1,
         family="xlm-roberta",
     )

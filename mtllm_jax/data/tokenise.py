@@ -93,7 +93,8 @@ class _Tokenizer:
     def decode(self, rows: Iterable[Sequence[int] | np.ndarray]) -> list[str]:
         """Text of each row of token ids, without special tokens."""
         listed = [np.asarray(row).tolist() for row in rows]
-        return self._tokenizer.batch_decode(listed, skip_special_tokens=True)
+        # transformers makes one empty text of no rows.
+        return self._tokenizer.batch_decode(listed, skip_special_tokens=True) if listed else []
 
     def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """What each token id stands for, special tokens among them."""

@@ -99,6 +99,7 @@ def test_source_languages_by_text(source):
     together = as_lists(source.encode(texts, CODES))
     alone = [as_lists(source.encode([t], c))[0] for t, c in zip(texts, CODES, strict=True)]
     assert together == alone
+    assert source.encode([], "deu_Latn") == source.decode([]) == []
     with pytest.raises(ValueError, match="language has 2 codes; it must be one or 7"):
         source.encode(texts, CODES[:2])
 

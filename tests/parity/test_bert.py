@@ -14,7 +14,10 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
+from mtllm_jax import sharding
+from mtllm_jax.config import Mesh
 from mtllm_jax.hf.bert import check_bert, load_bert, save_bert
 from mtllm_jax.models.bert import ACTIVATIONS, Bert, BertConfig
 
@@ -239,6 +242,22 @@ def test_any_config(
     save_bert(model, path / "out")
     assert load_bert(path / "out").config == model.config
     assert_same_tensors(path / "in", path / "out")
+
+
+def test_a_large_model_is_laid_over_a_mesh():
+    """XLM-R base in shapes alone."""
+    sizes = BertConfig(250_002, 768, 12, 12, 3072, 514, 1, pad_id=1, family="xlm-roberta")
+    state = nnx.state(nnx.eval_shape(lambda: Bert(sizes, nnx.Rngs(0))))
+    laid = sharding.shardings(state, sharding.make_mesh(Mesh(data=1, fsdp=4, tensor=2)))
+    specs = {
+        ".".join(map(str, path)): leaf.get_raw_value().spec
+        for path, leaf in nnx.to_flat_state(laid)
+    }
+    assert specs["embedding_VE"] == P("tensor", "fsdp")
+    assert specs["position_PE"] == P(None, "fsdp")
+    assert specs["layers.attention.query.kernel"] == P(None, "fsdp", "tensor")
+    assert specs["layers.ffn_out.kernel"] == P(None, "tensor", "fsdp")
+    assert specs["type_YE"] == specs["embedding_norm.scale"] == P()
 
 
 # --- folders --------------------------------------------------------------------------------------
