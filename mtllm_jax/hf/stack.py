@@ -184,6 +184,7 @@ def save_stack(
         lora=_ranks(stack.llm) if lora == "kept" else {},
     )
     source_files, llm_files = local_files(encoder_tokenizer_from), local_files(llm_tokenizer_from)
+    tokenise.TargetTokenizer(llm_files)  # raises for what is none
     source = tokenise.source_tokenizer(source_files, legacy_source_order=legacy_source_order)
     language_ids = None
     if isinstance(source, tokenise.TranslationTokenizer):
@@ -313,16 +314,17 @@ def _inner(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_tokenizer(source: Path, folder: Path, settings: Mapping[str, Any]) -> None:
-    """A tokenizer that needs no config.json of its model beside it to be recognised."""
+    """A tokenizer that is recognised without the config.json of its model beside it."""
     copy_tokenizer_files(source, folder)
     path = folder / TOKENIZER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "tokenizer_class" not in config:
+        # Files of long ago: transformers tells what they are and writes them as it does now.
         from transformers import AutoTokenizer
 
         with tokenise.quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        config = readable_config(config | {"tokenizer_class": type(tokenizer).__name__})
+            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+        config = readable_config(json.loads(path.read_text(encoding="utf-8")))
     write_json(path, {**config, **settings})
 
 
