@@ -69,7 +69,7 @@ from mtllm_jax.tasks import multiple_choice
 
 LLM_TOKENIZER = "llm_tokenizer"  # sub-folder with the LLM's own tokenizer
 
-_OURS, _AUTHORS = "mtllm", "nllb-llm2vec"
+_OURS, _AUTHORS = MODEL_TYPES = ("mtllm", "nllb-llm2vec")
 _AUTHORS_MAX_LENGTH = 512  # [code]
 _CLASSES = {
     "none": ("AutoModel", "MTLLMModel"),
@@ -99,6 +99,7 @@ class StackConfig:
     bidirectional: bool
     max_length: int
     languages: tuple[str, ...]
+    legacy_source_order: bool
     lora: Mapping[str, tuple[int, float]]
 
 
@@ -109,6 +110,7 @@ class LoadedStack:
     labels: of a classification, in the order of their ids. kind, of the head: "none",
     "classification" or "multiple_choice". bidirectional: how the LLM reads. max_length: tokens of
     the longest text. languages: codes that texts may be in; empty where the folder says nothing.
+    legacy_source_order: NLLB's, `text </s> [language]`.
     """
 
     stack: Stack
@@ -118,6 +120,7 @@ class LoadedStack:
     bidirectional: bool
     max_length: int
     languages: tuple[str, ...]
+    legacy_source_order: bool
 
 
 class _Parts(nnx.Module):
@@ -164,13 +167,12 @@ def save_stack(
 ) -> None:
     """A folder that transformers loads with `trust_remote_code`, and `load_stack` here.
 
-    stack: of an NLLB the encoder alone is written, of the LLM all but its output layer. head,
-    labels, kind, bidirectional, max_length, languages: as in `LoadedStack`. encoder_tokenizer_from,
-    llm_tokenizer_from: folders, local or remote, whose tokenizers are copied, the LLM's into
-    `llm_tokenizer/`. legacy_source_order: NLLB's, `text </s> [language]`. lora: the LLM's adapters
+    stack: of an NLLB the encoder alone is written, of the LLM all but its output layer. What is not
+    named here is as in `LoadedStack`. encoder_tokenizer_from, llm_tokenizer_from: folders, local or
+    remote, whose tokenizers are copied, the LLM's into `llm_tokenizer/`. lora: the LLM's adapters
     are "merged" into its weights or "kept" beside them. card: README.md. dtype: of the tensors;
-    None = that of each parameter. The rest is as in `write_folder`. ValueError for what does not go
-    together, or for a tokenizer that lacks one of the languages.
+    None = that of each parameter. replace, max_shard_bytes: as in `write_folder`. ValueError for
+    what does not go together, or for a tokenizer that lacks one of the languages.
     """
     _check(stack, head, labels, kind, lora)
     config = StackConfig(
@@ -181,6 +183,7 @@ def save_stack(
         bidirectional=bidirectional,
         max_length=max_length,
         languages=tuple(languages),
+        legacy_source_order=legacy_source_order,
         lora=_ranks(stack.llm) if lora == "kept" else {},
     )
     source_files, llm_files = local_files(encoder_tokenizer_from), local_files(llm_tokenizer_from)
@@ -205,7 +208,6 @@ def save_stack(
         written = _to_hf(config) | {
             "dtype": _common_dtype(tensors),
             "language_ids": language_ids,
-            "language_at_end": legacy_source_order,
         }
         write_json(new / "config.json", dict(sorted(written.items())))
         for path in _CODE:
@@ -294,6 +296,7 @@ def _to_hf(config: StackConfig) -> dict[str, Any]:
         "bidirectional": config.bidirectional,
         "encoder_config": _inner(encoder),
         "head": config.kind,
+        "language_at_end": config.legacy_source_order,
         "languages": list(config.languages),
         "llm_config": _inner(llama.config_to_hf(config.llm)),
         "lora": lora or None,
@@ -368,6 +371,7 @@ def load_stack(
         bidirectional=config.bidirectional,
         max_length=config.max_length,
         languages=config.languages,
+        legacy_source_order=config.legacy_source_order,
     )
 
 
@@ -393,9 +397,13 @@ def _config_of_ours(source: Mapping[str, Any], where: str) -> StackConfig:
     kind = source.get("head")
     if kind not in _CLASSES:
         raise ValueError(f"{where}: head is {kind!r}; it may be {', '.join(_CLASSES)}")
-    for name, wanted in (("bidirectional", bool), ("languages", list), ("max_source_length", int)):
-        if type(source.get(name)) is not wanted:
-            found = source.get(name)
+    for name, wanted in (
+        ("bidirectional", bool),
+        ("language_at_end", bool),
+        ("languages", list),
+        ("max_source_length", int),
+    ):
+        if type(found := source.get(name)) is not wanted:
             raise ValueError(f"{where}: {name} is {found!r}; it must be {wanted.__name__}")
     llm = _llm_config(source, "llm_config", where)
     ours = {theirs: name for name, theirs in _projections(llm).items()}
@@ -416,6 +424,7 @@ def _config_of_ours(source: Mapping[str, Any], where: str) -> StackConfig:
         bidirectional=source["bidirectional"],
         max_length=source["max_source_length"],
         languages=tuple(source["languages"]),
+        legacy_source_order=source["language_at_end"],
         lora=lora,
     )
 
@@ -436,6 +445,7 @@ def _config_of_authors(source: Mapping[str, Any], where: str, names: _Names) -> 
         bidirectional=True,
         max_length=_AUTHORS_MAX_LENGTH,
         languages=(),
+        legacy_source_order=False,
         lora={},
     )
 

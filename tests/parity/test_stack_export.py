@@ -396,7 +396,9 @@ def test_how_the_encoder_is_told_the_language(encoder, legacy, made, tmp_path):
     source = source_tokenizer(ours.tokenizers / encoder, legacy_source_order=legacy)
     rows = source.encode(TEXTS, LANGUAGES)
     assert {row[-1 if legacy else 0] for row in rows} == set(map(source.language_id, LANGUAGES))
-    model = in_torch(ours.save(tmp_path / "out", legacy_source_order=legacy))
+    folder = ours.save(tmp_path / "out", legacy_source_order=legacy)
+    assert load_stack(folder).legacy_source_order is legacy
+    model = in_torch(folder)
     found = model.encode(TEXTS, LANGUAGES).numpy()
     np.testing.assert_allclose(found, ours.vectors(rows), atol=1e-4)
 
