@@ -72,9 +72,9 @@ def m2m100(seed=0, gain=0.25, **changes):
         "encoder_ffn_dim": 24,
         "decoder_ffn_dim": 40,
     }
-    model = transformers.M2M100ForConditionalGeneration(
-        transformers.M2M100Config(**sizes | changes)
-    ).eval()
+    config = transformers.M2M100Config(**sizes | changes)
+    config._attn_implementation = "eager"
+    model = transformers.M2M100ForConditionalGeneration(config).eval()
 
     def scale(name, weight):
         return 0.25 if "shared" in name else gain if weight.ndim == 2 else 0.1

@@ -18,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mtllm_jax.ops.attention import attention
+from mtllm_jax.ops.layout import axis_size, constrain, gathered
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 Layers = TypeVar("Layers", bound=nnx.Module)
@@ -86,14 +87,23 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
         """[..., I] → [..., O] in the dtype of `x`. Without `dropout_key` nothing is dropped."""
         # In two dims: XLA's CPU backward of a three-dim product is far from a plain matrix product.
-        rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self.kernel[...].astype(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)[None]
+        # Positions that are cut over the mesh cannot be merged with rows that are cut too.
+        rows = x.reshape(-1, x.shape[-1]) if axis_size("context") == 1 else x
+        kernel = weight(self.kernel, x.dtype)
+        if self.bias is None:
+            y = rows @ kernel
+        else:  # added before the product is rounded: twice rounded it is further off than torch's
+            y = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+            y = (y + over_last(self.bias[...], y.ndim)).astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
-            low = dropout(rows, self.lora_dropout, dropout_key) @ self.lora_a[...].astype(x.dtype)
-            y = y + self.lora_scale * (low @ self.lora_b[...].astype(x.dtype))
+            low = dropout(rows, self.lora_dropout, dropout_key) @ weight(self.lora_a, x.dtype)
+            y = y + self.lora_scale * (low @ weight(self.lora_b, x.dtype))
         return y.reshape(*x.shape[:-1], -1)
+
+
+def weight(matrix: nnx.Param, dtype: DTypeLike) -> Array:
+    """A matrix of one layer in `dtype`, whole over the mesh's fsdp axis."""
+    return gathered(matrix[...].astype(dtype), *matrix.get_metadata("dims")[-2:])
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -221,7 +231,9 @@ def scan_layers(
 
     def step(h: Array, state_and_key: tuple[nnx.State, Array | None]) -> tuple[Array, None]:
         layer_state, key = state_and_key
-        return apply(nnx.merge(graph, layer_state), h, key), None
+        return by_rows(apply(nnx.merge(graph, layer_state), by_rows(h), key)), None
+
+    h = by_rows(h)
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
@@ -230,6 +242,18 @@ def scan_layers(
     for i in range(num_layers):
         h, _ = step(h, jax.tree.map(lambda x, i=i: x[i], (state, keys)))
     return h
+
+
+def look_up(table_VD: Array, ids_BT: Array) -> Array:
+    """Rows of a table, [B, T, D]. Over fsdp each device reads its part of the width for the rows of
+    all its group, and gives each its own: neither table nor batch is ever whole."""
+    h_BTD = table_VD[constrain(ids_BT, "groups", "tokens")]
+    return by_rows(constrain(h_BTD, "groups", "tokens", "embed"))
+
+
+def by_rows(h_BTD: Array) -> Array:
+    """Activations, laid over the mesh by their rows and positions."""
+    return constrain(h_BTD, "rows", "tokens", "features")
 
 
 def positions_in_segment(segments_BT: Array) -> Array:

@@ -1,4 +1,7 @@
-"""NLLB against torch's M2M100, on tiny random models: states, logits, translations, folders."""
+"""NLLB against torch's M2M100, on tiny random models: states, logits, translations, folders.
+
+B rows, S encoder positions, T decoder positions, E width, V vocabulary.
+"""
 
 import dataclasses
 import functools
@@ -11,17 +14,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from torch_models import (
+    QUICK,
+    additive_mask,
+    assert_close,
+    assert_equal_tensors,
+    assert_no_further,
+    m2m100,
+    torch,
+    transformers,
+)
 
-torch = pytest.importorskip("torch", reason="the reference needs torch (pip install '.[test]')")
-transformers = pytest.importorskip("transformers")
+from mtllm_jax.decode import greedy_translate, translate
+from mtllm_jax.hf.nllb import check_nllb, load_nllb, save_nllb
+from mtllm_jax.models.layers import LayerNorm
+from mtllm_jax.models.nllb import NLLB, NLLBConfig, sinusoids
 
-from safetensors.numpy import load_file, save_file  # noqa: E402
-
-from mtllm_jax.decode import greedy_translate, translate  # noqa: E402
-from mtllm_jax.hf.nllb import load_nllb, save_nllb  # noqa: E402
-from mtllm_jax.models.nllb import NLLB, NLLBConfig, sinusoids  # noqa: E402
+from safetensors.numpy import load_file, save_file  # isort: skip
 
 PAD, EOS, VOCAB = 1, 2, 60
+
+# What distinguishes the published sizes: feed-forward widths, depths and heads in proportion.
+# M2M100 418M is shaped as NLLB 600M, M2M100 1.2B as NLLB 1.3B (distilled or not).
+KINDS = {
+    "600M": {"encoder_attention_heads": 4, "decoder_layers": 2}
+    | {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    "1.3B": {"encoder_attention_heads": 4, "encoder_layers": 3}
+    | {"encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
+    "3.3B": {"d_model": 32, "encoder_attention_heads": 4, "encoder_layers": 3}
+    | {"encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
+    "uneven": {},
+    "unscaled": {"scale_embedding": False, "encoder_layers": 1, "decoder_layers": 1},
+}
 
 # 0 marks padding: at the right, at the left, in the middle, none, and a text of one token.
 MASKS = np.array(
@@ -34,40 +58,40 @@ MASKS = np.array(
     ],
     np.int32,
 )
-
-
-def random_torch_model(seed=0, gain=0.25, **changes):
-    """Every parameter is random, biases and norms too: none can be forgotten unnoticed."""
-    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "vocab_size": VOCAB}
-    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 4}
-    sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 40, "max_position_embeddings": 64}
-    config = transformers.M2M100Config(**(sizes | changes))
-    model = transformers.M2M100ForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            std = 0.25 if "shared" in name else gain if p.ndim > 1 else 0.1
-            p.copy_(torch.randn(p.shape, generator=generator) * std + ("norm.weight" in name))
-        model.model.shared.weight[PAD] = 0.0
-        model.model.shared.weight[EOS] *= 3.0
-    return model
+# The same many times over, and the decoder's padding where the encoder's is not.
+ROWS = np.tile(MASKS, (8, 1))
+TARGET_ROWS = np.roll(ROWS[::-1], 1, axis=0)
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return random_torch_model()
+def pairs(tmp_path_factory):
+    """kind → (torch model, its folder, our model), each made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            reference = m2m100(**KINDS[kind])
+            reference.save_pretrained(folder)
+            made[kind] = (reference, folder, load_nllb(folder))
+        return made[kind]
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def folder(reference, tmp_path_factory):
-    path = tmp_path_factory.mktemp("m2m100") / "model"
-    reference.save_pretrained(path)
-    return path
+def reference(pairs):
+    return pairs("uneven")[0]
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return load_nllb(folder)
+def folder(pairs):
+    return pairs("uneven")[1]
+
+
+@pytest.fixture(scope="module")
+def model(pairs):
+    return pairs("uneven")[2]
 
 
 def random_rows(masks, seed):
@@ -91,20 +115,22 @@ def torch_outputs(reference, ids, masks, target_ids, target_masks):
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def forward(graph, state, ids, segments, target_ids, target_segments):
+def forward(graph, state, ids, segments, target_ids, target_segments, dtype=jnp.float32):
     """(encoder states, decoder states, logits)"""
     model = nnx.merge(graph, state)
-    memory = model.encode(ids, segments)
+    memory = model.encode(ids, segments, dtype)
     h = model.decode(target_ids, target_segments, memory, segments)
     return memory, h, model.logits(h)
 
 
-def our_outputs(model, *text):
-    return forward(*nnx.split(model), *text)
+compiled = jax.jit(forward, static_argnums=(0, 6), compiler_options=QUICK)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def our_outputs(model, *text, dtype=jnp.float32):
+    return compiled(*nnx.split(model), *text, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def gradient_of_weighted_logits(graph, state, weight, *text):
     def weighted(state):
         logits = forward(graph, state, *text)[2]
@@ -114,7 +140,7 @@ def gradient_of_weighted_logits(graph, state, weight, *text):
     return logits, gradient
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options=QUICK)
 def greedy(graph, state, ids, segments, language_id, max_new_tokens):
     model = nnx.merge(graph, state)
     return greedy_translate(model, ids, segments, language_id, max_new_tokens)
@@ -133,14 +159,6 @@ def layer(stack, i):
     return nnx.merge(graph, jax.tree.map(lambda x: x[i], state))
 
 
-def assert_equal_folders(a, b):
-    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype
-        assert ours[name].tobytes() == theirs[name].tobytes(), name
-
-
 # --- forward passes -------------------------------------------------------------------------------
 
 
@@ -152,47 +170,86 @@ def test_sinusoids(width):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_one_layer_of_each_stack(reference, model):
-    rng = np.random.default_rng(0)
-    h = rng.normal(size=(3, 6, 16)).astype(np.float32)
-    memory = rng.normal(size=(3, 5, 16)).astype(np.float32)
-    ones, memory_ones = np.ones((3, 6), np.int32), np.ones((3, 5), np.int32)
-    causal = torch.full((6, 6), -torch.inf).triu(1)[None, None]
+def test_layer_norm():
+    x = np.random.default_rng(1).normal(size=(2, 3, 8)).astype(np.float32) + 0.5
+    ours, theirs = LayerNorm(8, 1e-5, nnx.Rngs(0)), torch.nn.LayerNorm(8, 1e-5)
+    ours.scale[...], ours.bias[...] = jnp.linspace(0.5, 2.0, 8), jnp.linspace(-1.0, 1.0, 8)
+    theirs.weight.data, theirs.bias.data = (
+        torch.tensor(np.asarray(w[...])) for w in (ours.scale, ours.bias)
+    )
+    assert_close(ours(jnp.asarray(x)), theirs(torch.tensor(x)).detach(), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["600M", "uneven"])
+def test_attention_feed_forward_and_layer(pairs, kind):
+    """The last layer of both stacks and its blocks, at every kind of padding."""
+    theirs, _, ours = pairs(kind)
+    rng, target_masks = np.random.default_rng(0), TARGET_ROWS[: len(MASKS)]
+    h, memory = rng.normal(size=(2, *MASKS.shape, 16)).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(h, memory):
+        encoder, decoder = layer(ours.encoder, -1), layer(ours.decoder, -1)
+        return {
+            "encoder's attention": encoder.self_attention(h, h, MASKS, MASKS),
+            "encoder's layer": encoder(h, MASKS, None),
+            "feed-forward": encoder.feed_forward(h) - h,
+            "decoder's attention": decoder.self_attention(
+                h, h, target_masks, target_masks, causal=True
+            ),
+            "attention to the encoder": decoder.cross_attention(h, memory, target_masks, MASKS),
+            "decoder's layer": decoder(h, target_masks, memory, MASKS, None),
+        }
+
+    encoder, decoder = theirs.model.encoder.layers[-1], theirs.model.decoder.layers[-1]
+    th, tm = torch.tensor(h), torch.tensor(memory)
+    mask = additive_mask(MASKS, MASKS, th.dtype)
+    past = additive_mask(target_masks, target_masks, th.dtype, causal=True)
+    across = additive_mask(target_masks, MASKS, th.dtype)
     with torch.no_grad():
-        th, tm = torch.from_numpy(h), torch.from_numpy(memory)
-        theirs = reference.model.encoder.layers[1](th, None).numpy()
-        theirs_decoder = reference.model.decoder.layers[2](th, causal, tm, None).numpy()
-    np.testing.assert_allclose(jax.jit(layer(model.encoder, 1))(h, ones, None), theirs, atol=1e-5)
-    ours = jax.jit(layer(model.decoder, 2))(h, ones, memory, memory_ones, None)
-    np.testing.assert_allclose(ours, theirs_decoder, atol=1e-5)
+        fed = encoder.fc2(encoder.activation_fn(encoder.fc1(encoder.final_layer_norm(th))))
+        expected = {
+            "encoder's attention": encoder.self_attn(th, attention_mask=mask)[0],
+            "encoder's layer": encoder(th, mask),
+            "feed-forward": fed,
+            "decoder's attention": decoder.self_attn(th, attention_mask=past)[0],
+            "attention to the encoder": decoder.encoder_attn(
+                th, key_value_states=tm, attention_mask=across
+            )[0],
+            "decoder's layer": decoder(th, past, tm, across),
+        }
+    actual = run(h, memory)
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
+        where = (MASKS if "encoder's" in name else target_masks) > 0
+        assert_close(array[where], expected[name][where], 1e-5)
 
 
-@pytest.mark.parametrize("scale_embedding", [True, False])
-def test_states_and_logits_at_every_kind_of_padding(scale_embedding, tmp_path):
-    reference = random_torch_model(1, scale_embedding=scale_embedding)
-    reference.save_pretrained(tmp_path)
-    model = load_nllb(tmp_path)
-    target_masks = MASKS[::-1]  # the decoder's padding lies elsewhere than the encoder's
-    ids, target_ids = random_rows(MASKS, 0), random_rows(target_masks, 1)
-    theirs = torch_outputs(reference, ids, MASKS, target_ids, target_masks)
-    memory, h, logits = our_outputs(model, ids, MASKS, target_ids, target_masks)
-    on, target_on = MASKS > 0, target_masks > 0
-    for ours, torchs, where in (
-        (memory, theirs.encoder_last_hidden_state, on),
-        (h, theirs.decoder_hidden_states[-1], target_on),
-        (logits, theirs.logits, target_on),
-    ):
-        np.testing.assert_allclose(np.asarray(ours)[where], torchs.numpy()[where], atol=1e-4)
+def torch_states(reference, *text):
+    """(encoder states, decoder states, logits), float32."""
+    outputs = torch_outputs(reference, *text)
+    found = outputs.encoder_last_hidden_state, outputs.decoder_hidden_states[-1], outputs.logits
+    return [array.float().numpy() for array in found]
 
 
-def test_bfloat16_deviates_no_more_than_torchs_own(reference, model):
-    ids = random_rows(MASKS, 2)
-    exact = torch_outputs(reference, ids, MASKS, ids, MASKS).encoder_last_hidden_state.numpy()
-    half = random_torch_model().to(torch.bfloat16)
-    theirs = torch_outputs(half, ids, MASKS, ids, MASKS).encoder_last_hidden_state.float().numpy()
-    ours = np.asarray(model.encode(ids, jnp.asarray(MASKS), jnp.bfloat16), np.float32)
-    on = MASKS > 0
-    assert np.abs(ours - exact)[on].mean() <= 1.2 * np.abs(theirs - exact)[on].mean()
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_and_logits_at_every_kind_of_padding(pairs, kind):
+    """In float32, and in bfloat16 no further from that than torch's own."""
+    theirs, folder, ours = pairs(kind)
+    text = random_rows(ROWS, 0), ROWS, random_rows(TARGET_ROWS, 1), TARGET_ROWS
+    exact = torch_states(theirs, *text)
+    low = (
+        type(theirs)
+        .from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+        .eval()
+    )
+    theirs_low = torch_states(low, *text)
+    ours_low = our_outputs(load_nllb(folder, dtype=jnp.bfloat16), *text, dtype=jnp.bfloat16)
+    for i, array in enumerate(our_outputs(ours, *text)):
+        on = (TARGET_ROWS if i else ROWS) > 0
+        assert np.abs(exact[i]).max() > 1
+        assert_close(array[on], exact[i][on], 1e-4)
+        assert_no_further(ours_low[i][on], theirs_low[i][on], exact[i][on])
 
 
 def test_scanned_unrolled_and_rematerialised_layers_agree(folder, model):
@@ -243,7 +300,7 @@ def test_packed_texts_equal_texts_alone(model):
 
 def test_greedy_translation_is_that_of_generate(tmp_path):
     """Token for token on 50 texts, among them such that end and such that are cut off."""
-    reference = random_torch_model(gain=0.6)  # translations then differ from text to text
+    reference = m2m100(gain=0.6)  # translations then differ from text to text
     reference.save_pretrained(tmp_path)
     model = load_nllb(tmp_path)
     lengths = np.random.default_rng(5).integers(1, 12, 50)
@@ -304,15 +361,35 @@ def test_translate_keeps_the_order_whatever_the_batches(model, batch_size):
 # --- folders --------------------------------------------------------------------------------------
 
 
-def test_round_trip_is_bitwise(folder, tmp_path):
-    save_nllb(load_nllb(folder), tmp_path / "out")
-    assert_equal_folders(folder, tmp_path / "out")
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(pairs, kind, tmp_path):
+    """Tensors bitwise as they were; a config transformers reads as it read the first."""
+    theirs, folder, ours = pairs(kind)
+    save_nllb(ours, tmp_path / "saved")
+    assert_equal_tensors(folder, tmp_path / "saved")
+    told = [
+        transformers.AutoConfig.from_pretrained(path).to_dict() | {"_name_or_path": ""}
+        for path in (folder, tmp_path / "saved")
+    ]
+    assert told[0] == told[1]
+    again = type(theirs).from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
+    text = random_rows(MASKS, 0), MASKS, random_rows(MASKS, 1), MASKS
+    for a, b in zip(torch_states(theirs, *text), torch_states(again, *text), strict=True):
+        np.testing.assert_array_equal(a[MASKS > 0], b[MASKS > 0])
 
 
-def test_round_trip_in_bfloat16_is_bitwise(tmp_path):
-    random_torch_model().to(torch.bfloat16).save_pretrained(tmp_path / "in")
-    save_nllb(load_nllb(tmp_path / "in", dtype=jnp.bfloat16), tmp_path / "out")
-    assert_equal_folders(tmp_path / "in", tmp_path / "out")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtypes_on_disk(dtype, tmp_path):
+    """Kept on request, bit for bit on the way out again; otherwise widened exactly."""
+    m2m100().to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
+    kept, widened = (load_nllb(tmp_path / "in", dtype=jnp.dtype(d)) for d in (dtype, "float32"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), b),
+        nnx.state(kept),
+        nnx.state(widened),
+    )
+    save_nllb(kept, tmp_path / "out")
+    assert_equal_tensors(tmp_path / "in", tmp_path / "out")
 
 
 def test_a_model_of_ours_runs_in_torch(tmp_path):
@@ -354,6 +431,8 @@ def stored_otherwise(kind, reference, folder, to):
     if kind == "without prefix":
         weights = {n.removeprefix("model."): w for n, w in weights.items()}
         weights |= {"shared.weight": shared, "encoder.embed_tokens.weight": shared}
+    elif kind == "encoder's copy alone":
+        weights["model.encoder.embed_tokens.weight"] = shared
     elif kind == "all tied names":
         ties = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens")
         weights |= {f"{tie}.weight": shared.copy() for tie in (*ties, "lm_head")}
@@ -363,7 +442,10 @@ def stored_otherwise(kind, reference, folder, to):
     save_file(weights, to / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["sharded", "without prefix", "all tied names", "output alone"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sharded", "without prefix", "all tied names", "encoder's copy alone", "output alone"],
+)
 def test_kinds_of_checkpoints(kind, reference, folder, model, tmp_path):
     stored_otherwise(kind, reference, folder, tmp_path / "other")
     if kind == "sharded":
@@ -372,12 +454,32 @@ def test_kinds_of_checkpoints(kind, reference, folder, model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), other)
 
 
-def test_the_encoder_alone(folder, model):
+@pytest.mark.parametrize(
+    "name", ["model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"]
+)
+@pytest.mark.parametrize("with_decoder", [True, False])
+def test_tied_copies_that_differ_are_refused(name, with_decoder, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    weights[f"{name}.weight"] = weights["model.shared.weight"].copy()
+    weights[f"{name}.weight"][-1, -1] += 1e-6
+    save_file(weights, tmp_path / "m" / "model.safetensors")
+    message = rf"{re.escape(name)}\.weight differs from model\.shared\.weight though tie_word"
+    with pytest.raises(ValueError, match=message):
+        load_nllb(tmp_path / "m", with_decoder=with_decoder)
+    with pytest.raises(ValueError, match=message):
+        check_nllb(tmp_path / "m")
+
+
+def test_the_encoder_alone(reference, folder, model, tmp_path):
     encoder = load_nllb(folder, with_decoder=False)
     assert encoder.config == dataclasses.replace(model.config, decoder_layers=0)
     assert not [p for p, _ in nnx.to_flat_state(nnx.state(encoder)) if "decoder" in p[0]]
     ids = random_rows(MASKS, 10)
-    np.testing.assert_array_equal(encoder.encode(ids, MASKS), model.encode(ids, MASKS))
+    states = jax.jit(encoder.encode, compiler_options=QUICK)(ids, MASKS)
+    with torch.no_grad():
+        theirs = reference.get_encoder()(as_torch(ids), as_torch(MASKS)).last_hidden_state
+    assert_close(states[MASKS > 0], theirs[MASKS > 0], 1e-4)
     with pytest.raises(ValueError, match="encoder alone"):
         encoder.decode(ids, MASKS, jnp.zeros((5, 7, 16)), MASKS)
 
@@ -387,8 +489,16 @@ def test_the_encoder_alone(folder, model):
     [
         ({"activation_function": "gelu"}, "activation_function is 'gelu'; it may be 'relu'"),
         ({"model_type": "t5"}, "model_type is 't5'; it may be m2m_100"),
-        ({"d_model": 17}, "encoder_heads is 2; it must divide"),
-        ({"d_model": None}, "d_model is None; it must be int"),
+        ({"d_model": 18}, "decoder_attention_heads is 4; it must divide d_model, 18"),
+        ({"encoder_attention_heads": 3}, "encoder_attention_heads is 3; it must divide d_model, 1"),
+        ({"encoder_attention_heads": 0}, "encoder_attention_heads is 0; .* whole number from 1 on"),
+        ({"d_model": 17}, "d_model is 17; it must be even and at least 4"),
+        ({"d_model": None}, "d_model is None; it must be a whole number from 1 on"),
+        (
+            {"encoder_ffn_dim": 24.0},
+            r"encoder_ffn_dim is 24\.0; it must be a whole number from 1 on",
+        ),
+        ({"scale_embedding": 1}, "scale_embedding is 1; it must be true or false"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"decoder_start_token_id": 5}, "decoder_start_token_id is 5; it may be 2"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
