@@ -20,12 +20,10 @@ import fnmatch
 import functools
 import glob
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,14 +37,8 @@ from jax.typing import DTypeLike
 
 from mtllm_jax import sharding
 from mtllm_jax.hf.files import TOKENIZER_CONFIG, TOKENIZER_FILES, Files, is_remote
-from mtllm_jax.hf.tensors import (
-    CHUNK,
-    SHARD_BYTES,
-    OutTensor,
-    Tensors,
-    row_chunks,
-    write_tensors,
-)
+from mtllm_jax.hf.reading import read_parameter
+from mtllm_jax.hf.tensors import SHARD_BYTES, OutTensor, Tensors, write_tensors
 from mtllm_jax.hf.tokenizer_config import readable_config
 from mtllm_jax.models.layers import Linear
 
@@ -54,6 +46,7 @@ __all__ = [
     "KeyTable",
     "OutTensor",
     "Tensors",
+    "check_fit",
     "check_tied",
     "copy_tokenizer_files",
     "export_tensors",
@@ -70,8 +63,6 @@ KeyTable = Mapping[str, str]
 Module = TypeVar("Module", bound=nnx.Module)
 
 _PREFIX = "model."
-_READERS = 4  # pieces read at a time
-_TRANSPOSED_ROWS = 256  # transposing more at a time misses the processor's caches
 
 
 def read_config(folder: str | os.PathLike, model_types: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +112,7 @@ def load_into(
     flat = []
     for (keys, value), place in zip(values, places, strict=True):
         path = _path(keys)
-        array = _read_parameter(
+        array = read_parameter(
             tensors,
             plan[path],
             value.shape,
@@ -132,119 +123,6 @@ def load_into(
         )
         flat.append((keys, value.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def _read_parameter(
-    tensors: Tensors,
-    names: Sequence[str],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    place: NamedSharding | None,
-    *,
-    is_stacked: bool,
-    is_kernel: bool,
-) -> jax.Array:
-    """One parameter, made of the tensors `names`: one, or one for each layer.
-
-    Small layers are read together. Large ones go one by one into a buffer that already lies where
-    the parameter is to be, so that no more than one of them is on the host.
-    """
-    read = functools.partial(_read_layers, tensors, dtype=dtype, place=place, is_kernel=is_kernel)
-    if not is_stacked:
-        return read(names, shape, is_stacked=False)
-    together = max(1, CHUNK // max(1, math.prod(shape[1:])))
-    if together >= len(names):
-        return read(names, shape)
-    buffer = _zeros(shape, dtype, place)
-    for first in range(0, len(names), together):
-        group = names[first : first + together]
-        layers = read(group, (len(group), *shape[1:]))
-        # Waiting keeps the host from reading ahead of the device, layer upon layer.
-        buffer = _put(place)(buffer, layers, np.int32(first)).block_until_ready()
-    return buffer
-
-
-def _read_layers(
-    tensors: Tensors,
-    names: Sequence[str],
-    shape: tuple[int, ...],
-    *,
-    dtype: np.dtype,
-    place: NamedSharding | None,
-    is_kernel: bool,
-    is_stacked: bool = True,
-) -> jax.Array:
-    """An array of one tensor or of a stack of them, read into the parts that devices here hold.
-
-    Rows of a tensor that no device here holds are not read, the others once. Rows are read whole,
-    also for a part that is cut across them: a seek for each would cost more than it saves.
-    """
-    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-    indices = [(slice(None),) * len(shape)]
-    if place is not None:
-        found = place.addressable_devices_indices_map(shape).values()
-        indices = [index for index in found if index is not None]
-    for index in indices:
-        bounds = _bounds(index, shape)
-        if bounds not in parts:
-            parts[bounds] = np.empty([end - begin for begin, end in bounds], dtype)
-
-    # For each range of rows of each tensor, the parts that it goes to: as torch lays them out, with
-    # the columns that they take of a row.
-    ranges: dict[tuple[str, int, int], list[tuple[np.ndarray, tuple[slice, ...]]]] = {}
-    for bounds, part in parts.items():
-        for layer, name in enumerate(names):
-            target, of_tensor = (part[layer], bounds[1:]) if is_stacked else (part, bounds)
-            if is_kernel:
-                target, of_tensor = target.T, of_tensor[::-1]
-            (begin, end), *columns = of_tensor
-            take = tuple(slice(*column) for column in columns)
-            ranges.setdefault((name, begin, end), []).append((target, take))
-
-    def read_piece(name: str, start: int, begin: int, end: int) -> None:
-        """Rows `begin` to `end` of those that begin at `start`."""
-        rows = tensors.read(name, start + begin, start + end)
-        step = _TRANSPOSED_ROWS if is_kernel else len(rows)
-        for target, columns in targets_of[name, start]:
-            for row in range(0, len(rows), step):
-                taken = rows[(slice(row, row + step), *columns)]
-                target[begin + row : begin + row + len(taken)] = taken
-
-    targets_of = {(name, begin): targets for (name, begin, _), targets in ranges.items()}
-    pieces = [
-        (name, start, begin, end)
-        for name, start, stop in ranges
-        for begin, end in row_chunks((stop - start, *tensors.shape(name)[1:]))
-    ]
-    with ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(read_piece, *zip(*pieces, strict=True)):
-            pass  # raises what the reader of a piece raised
-    if place is None:
-        (array,) = parts.values()
-        return jnp.asarray(array).block_until_ready()
-    return jax.make_array_from_callback(
-        shape, place, lambda index: parts[_bounds(index, shape)]
-    ).block_until_ready()
-
-
-def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(begin, end) of each dim: slices themselves cannot be looked up before Python 3.12."""
-    assert index is not None
-    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None) -> jax.Array:
-    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
-
-
-@functools.cache
-def _put(place: NamedSharding | None) -> Any:
-    """Jitted (buffer, layers, first) → the buffer itself, with `layers` at `first` and after it."""
-
-    def put(buffer: jax.Array, layers: jax.Array, first: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, layers, first, 0)
-
-    return jax.jit(put, donate_argnums=0, out_shardings=place)
 
 
 def match(
@@ -275,12 +153,12 @@ def match(
             name = next((n for n in (name, *aliases.get(name, ())) if n in stored), name)
             if name not in stored:
                 missing.append(name)
-            elif tensors.shape(stored[name]) != shape:
-                found = list(tensors.shape(stored[name]))
-                misshapen.append(f"{name} is {found}, by the config {list(shape)}")
+                continue
+            plan[path].append(stored[name])
+            if (found := tensors.shape(stored[name])) != shape:
+                misshapen.append(f"{name} is {list(found)}, by the config {list(shape)}")
             else:
                 tensors.check_dtype(stored[name])
-                plan[path].append(stored[name])
     used = {name for names in plan.values() for name in names}
     known = [*ignored, *aliases, *(other for others in aliases.values() for other in others)]
     unexpected = [
@@ -289,11 +167,25 @@ def match(
         if key not in used
         and not any(fnmatch.fnmatchcase(n, p) for n in (key, _PREFIX + key) for p in known)
     ]
+    check_fit(
+        tensors.folder, "config.json", missing=missing, misshapen=misshapen, unexpected=unexpected
+    )
+    return plan
+
+
+def check_fit(
+    folder: str,
+    config: str,
+    *,
+    missing: Sequence[str],
+    misshapen: Sequence[str],
+    unexpected: Sequence[str],
+) -> None:
+    """ValueError if there is anything in the lists of tensors, told against the file `config`."""
     problems = {"missing": missing, "of another shape": misshapen, "unexpected": unexpected}
     if any(problems.values()):
         told = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"{tensors.folder}: its tensors are not those of its config.json; {told}")
-    return plan
+        raise ValueError(f"{folder}: its tensors are not those of its {config}; {told}")
 
 
 def check_tied(tensors: Tensors, aliases: Mapping[str, Sequence[str]]) -> None:
@@ -314,7 +206,7 @@ def check_tied(tensors: Tensors, aliases: Mapping[str, Sequence[str]]) -> None:
 
 
 def export_tensors(
-    module: nnx.Module,
+    module: nnx.Module | nnx.State,
     table: KeyTable,
     *,
     merge_lora: bool = False,
@@ -322,9 +214,10 @@ def export_tensors(
 ) -> list[OutTensor]:
     """Every tensor in the table, in torch's layout: the inverse of `load_into`.
 
-    merge_lora: adapters are added to their kernels, a tensor at a time when it is read.
-    dtype: of the tensors; None = that of each parameter. Of several processes all must read all
-    tensors, in the same order. ValueError for parameters that the table does not name.
+    module: or a part of its state. merge_lora: adapters are added to their kernels, a tensor at a
+    time when it is read. dtype: of the tensors; None = that of each parameter. Of several processes
+    all must read all tensors, in the same order. ValueError for parameters that the table does not
+    name.
     """
     parameters = {_path(keys): value for keys, value in nnx.to_flat_state(nnx.state(module))}
     adapters = _adapters(module, parameters) if merge_lora else {}
@@ -338,7 +231,7 @@ def export_tensors(
 
 
 def _adapters(
-    module: nnx.Module, parameters: dict[str, nnx.Variable]
+    module: nnx.Module | nnx.State, parameters: dict[str, nnx.Variable]
 ) -> dict[str, tuple[float, jax.Array, jax.Array]]:
     """(scale, A, B) by the path of the kernel; takes A and B out of `parameters`."""
     found = {}
@@ -473,13 +366,17 @@ def _partial(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Whether this process has the lock of a folder; not if another has, or there are none."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_ours = True
-    except OSError:  # some network file systems have no locks
-        is_ours = False
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone meanwhile, or another user's
+        yield False
+        return
     try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        except OSError:  # some network file systems have no locks
+            is_ours = False
         yield is_ours
     finally:
         os.close(descriptor)

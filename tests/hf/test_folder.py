@@ -19,10 +19,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from toy_model import (
+    SHAPES,
+    TABLE,
+    D,
+    F,
+    L,
+    abstract,
+    expected_parameters,
+    mesh_of,
+    parameters_of,
+    random_model,
+    random_tensors,
+    saved,
+)
 
-from mtllm_jax import config, sharding
-from mtllm_jax.hf import folder as module
+from mtllm_jax import sharding
+from mtllm_jax.hf import reading
 from mtllm_jax.hf import tensors as tensors_module
 from mtllm_jax.hf.files import Files
 from mtllm_jax.hf.folder import (
@@ -35,94 +49,9 @@ from mtllm_jax.hf.folder import (
     write_folder,
 )
 from mtllm_jax.models import lora
-from mtllm_jax.models.layers import Linear, RMSNorm, param
 
-L, D, F, V = 3, 16, 24, 40
-TABLE = {
-    "embedding_VD": "model.embed.weight",
-    "layers.norm.scale": "model.layers.{layer}.norm.weight",
-    "layers.up.kernel": "model.layers.{layer}.up.weight",
-    "layers.up.bias": "model.layers.{layer}.up.bias",
-    "layers.down.kernel": "model.layers.{layer}.down.weight",
-    "head.kernel": "head.weight",
-}
-SHAPES = {
-    "model.embed.weight": (V, D),
-    "head.weight": (V, D),
-    **{
-        f"model.layers.{layer}.{name}": shape
-        for layer in range(L)
-        for name, shape in {
-            "norm.weight": (D,),
-            "up.weight": (F, D),
-            "up.bias": (F,),
-            "down.weight": (D, F),
-        }.items()
-    },
-}
 ON_DISK = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CONFIG = {"model_type": "toy"}
-
-
-class Layers(nnx.Module):
-    def __init__(self, rngs):
-        init = nnx.initializers.normal(1.0)
-        self.norm = RMSNorm(D, 1e-5, rngs, L)
-        self.up = Linear(D, F, ("embed", "ffn"), init=init, rngs=rngs, num_layers=L, use_bias=True)
-        self.down = Linear(F, D, ("ffn", "embed"), init=init, rngs=rngs, num_layers=L)
-
-
-class Toy(nnx.Module):
-    def __init__(self, rngs=None):
-        rngs = rngs or nnx.Rngs(jax.random.key(0, impl="rbg"))
-        init = nnx.initializers.normal(1.0)
-        self.embedding_VD = param(rngs, (V, D), ("vocab", "embed"), init)
-        self.layers = Layers(rngs)
-        self.head = Linear(D, V, ("embed", "vocab"), init=init, rngs=rngs)
-
-
-def abstract():
-    return nnx.eval_shape(Toy)
-
-
-def random_tensors(dtype):
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
-
-
-def saved(folder, tensors, num_files=1):
-    """The tensors as safetensors itself writes them, in files of a few each."""
-    names = sorted(tensors)
-    if num_files == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return
-    weight_map = {name: f"model-{i % num_files}.safetensors" for i, name in enumerate(names)}
-    for file in set(weight_map.values()):
-        save_file({n: tensors[n] for n in names if weight_map[n] == file}, folder / file)
-    text = json.dumps({"weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(text)
-
-
-def parameters_of(model):
-    return {
-        ".".join(map(str, keys)): value[...] for keys, value in nnx.to_flat_state(nnx.state(model))
-    }
-
-
-def expected_parameters(tensors, dtype):
-    """By the definition: transposed where it is a kernel, stacked where it is a layer's."""
-    result = {}
-    for ours, theirs in TABLE.items():
-        layers = range(L) if "{layer}" in theirs else [0]
-        arrays = [tensors[theirs.replace("{layer}", str(layer))].astype(dtype) for layer in layers]
-        arrays = [a.T for a in arrays] if ours.endswith("kernel") else arrays
-        result[ours] = np.stack(arrays) if "{layer}" in theirs else arrays[0]
-    return result
-
-
-def mesh_of(data, fsdp, tensor):
-    devices = jax.devices()[: data * fsdp * tensor]
-    return sharding.make_mesh(config.Mesh(data, fsdp, tensor), devices)
 
 
 @pytest.fixture
@@ -135,7 +64,7 @@ def cut_small(monkeypatch):
 def steps(request, monkeypatch):
     """How much is read in one go: all layers of a parameter, one, or few rows of one."""
     sizes = {"together": 2**20, "one by one": D * F, "in pieces": 5 * D}
-    for where in (module, tensors_module):
+    for where in (reading, tensors_module):
         monkeypatch.setattr(where, "CHUNK", sizes[request.param])
 
 
@@ -221,19 +150,12 @@ def test_a_reader_that_fails_is_heard(tmp_path):
 # ------------------------------------------------------------------ out
 
 
-def toy(dtype=jnp.float32, mesh=None):
-    model = Toy()
-    graph, state = nnx.split(model)
-    state = jax.tree.map(lambda x: x.astype(dtype), state)
-    return nnx.merge(graph, state if mesh is None else sharding.place(state, mesh))
-
-
 @pytest.mark.usefixtures("cut_small")
 @pytest.mark.parametrize("sizes", [None, (1, 4, 2), (2, 2, 2)])
 @pytest.mark.parametrize("max_bytes", [10**6, 3000])
 def test_round_trip(sizes, max_bytes, tmp_path):
     mesh = mesh_of(*sizes) if sizes else None
-    model = toy(jnp.bfloat16, mesh)
+    model = random_model(jnp.bfloat16, mesh)
     tensors = export_tensors(model, TABLE)
     assert {t.name: t.shape for t in tensors} == SHAPES
     write_folder(tmp_path / "out", CONFIG, tensors, max_shard_bytes=max_bytes)
@@ -247,7 +169,7 @@ def test_round_trip(sizes, max_bytes, tmp_path):
 
 
 def test_tensors_are_cast_on_the_way_out():
-    model = toy()
+    model = random_model()
     for tensor, plain in zip(
         export_tensors(model, TABLE, dtype=jnp.bfloat16), export_tensors(model, TABLE), strict=True
     ):
@@ -257,7 +179,7 @@ def test_tensors_are_cast_on_the_way_out():
 
 def test_no_copies_stay_on_the_host():
     """An array remembers what was fetched of it; what is exported must not be remembered."""
-    model = toy(mesh=mesh_of(1, 4, 2))
+    model = random_model(mesh=mesh_of(1, 4, 2))
     for tensor in export_tensors(model, TABLE):
         tensor.read()
     assert all(x._npy_value is None for x in jax.tree.leaves(nnx.state(model)))
@@ -265,7 +187,7 @@ def test_no_copies_stay_on_the_host():
 
 def adapted(targets, dtype, mesh=None):
     """All parameters random, B too; scale 6 / 4."""
-    model = toy()
+    model = random_model()
     rngs = nnx.Rngs(jax.random.key(1, impl="rbg"))
     lora.attach(model, rank=4, alpha=6.0, dropout=0.1, targets=targets, rngs=rngs)
     graph, state = nnx.split(model)

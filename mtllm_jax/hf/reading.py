@@ -1,0 +1,141 @@
+"""A parameter of a model, read from a folder's tensors straight into the devices that hold it.
+
+A parameter is one tensor, or those of all layers stacked along its leading dim. Kernels are the
+transpose of what torch stores. Beside the parameter itself the host holds a layer of it and some
+pieces of rows.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mtllm_jax.hf.tensors import CHUNK, Tensors, row_chunks
+
+_READERS = 4  # pieces read at a time
+_TRANSPOSED_ROWS = 256  # transposing more at a time misses the processor's caches
+
+Bounds = tuple[tuple[int, int], ...]  # (begin, end) of each dim
+Rows = tuple[str, int, int]  # of a tensor, as it is stored: its name, begin, end
+# Where rows go: into all of an array, of which they may have more columns.
+Target = tuple[np.ndarray, tuple[slice, ...]]
+
+
+def read_parameter(
+    tensors: Tensors,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    place: NamedSharding | None,
+    *,
+    is_stacked: bool,
+    is_kernel: bool,
+) -> jax.Array:
+    """The parameter that the tensors `names` make up: one tensor, or one for each layer.
+
+    place: None = the first device. Small layers are read together. Large ones go one by one into a
+    buffer that lies where the parameter is to be. Of several processes all must call.
+    """
+    read = functools.partial(
+        _read, tensors, dtype=dtype, place=place, is_stacked=is_stacked, is_kernel=is_kernel
+    )
+    together = max(1, CHUNK // max(1, math.prod(shape[1:])))
+    if not is_stacked or together >= len(names):
+        return read(names, shape)
+    buffer = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
+    for first in range(0, len(names), together):
+        group = names[first : first + together]
+        layers = read(group, (len(group), *shape[1:]))
+        # Waiting keeps the host from reading ahead of the device, layer upon layer.
+        buffer = _put(place)(buffer, layers, np.int32(first)).block_until_ready()
+    return buffer
+
+
+@functools.cache
+def _put(place: NamedSharding | None) -> Any:
+    """Jitted (buffer, layers, first) → the buffer itself, with `layers` at `first` and after it."""
+
+    def put(buffer: jax.Array, layers: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, layers, first, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=place)
+
+
+def _read(
+    tensors: Tensors,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    *,
+    dtype: np.dtype,
+    place: NamedSharding | None,
+    is_stacked: bool,
+    is_kernel: bool,
+) -> jax.Array:
+    """An array of one tensor or of a stack of them, by way of the host.
+
+    Rows of a tensor that no device of this process holds are not read, the others once. Rows are
+    read whole, also for parts that are cut across them: a seek for each would cost more than it
+    saves.
+    """
+    whole = (slice(None),) * len(shape)
+    indices: list[tuple[slice, ...] | None] = [whole]
+    if place is not None:
+        indices = list(place.addressable_devices_indices_map(shape).values())
+    bounds = {_bounds(index, shape) for index in indices}
+    parts = {part: np.empty([end - begin for begin, end in part], dtype) for part in bounds}
+    _fill(tensors, _targets(parts, names, is_stacked, is_kernel), is_kernel)
+    if place is None:
+        return jnp.asarray(parts[_bounds(whole, shape)]).block_until_ready()
+    return jax.make_array_from_callback(
+        shape, place, lambda index: parts[_bounds(index, shape)]
+    ).block_until_ready()
+
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:
+    """What a part takes of an array. (Slices cannot be keys before Python 3.12.)"""
+    assert index is not None
+    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+
+
+def _targets(
+    parts: dict[Bounds, np.ndarray], names: Sequence[str], is_stacked: bool, is_kernel: bool
+) -> dict[Rows, list[Target]]:
+    """For each range of rows that is needed, where it goes to, seen as torch lays it out."""
+    targets: dict[Rows, list[Target]] = {}
+    for bounds, part in parts.items():
+        for layer, name in enumerate(names):
+            target, of_tensor = (part[layer], bounds[1:]) if is_stacked else (part, bounds)
+            if is_kernel:
+                target, of_tensor = target.T, of_tensor[::-1]
+            (begin, end), *columns = of_tensor
+            taken = tuple(slice(*column) for column in columns)
+            targets.setdefault((name, begin, end), []).append((target, taken))
+    return targets
+
+
+def _fill(tensors: Tensors, targets: dict[Rows, list[Target]], is_kernel: bool) -> None:
+    """Reads the rows, in pieces and several at a time, and casts them into their targets."""
+
+    def read_piece(rows: Rows, begin: int, end: int) -> None:
+        name, start, _ = rows
+        piece = tensors.read(name, start + begin, start + end)
+        step = _TRANSPOSED_ROWS if is_kernel else max(1, len(piece))
+        for target, columns in targets[rows]:
+            for row in range(0, len(piece), step):
+                some = piece[(slice(row, row + step), *columns)]
+                target[begin + row : begin + row + len(some)] = some
+
+    pieces = [
+        (rows, begin, end)
+        for rows in targets
+        for begin, end in row_chunks((rows[2] - rows[1], *tensors.shape(rows[0])[1:]))
+    ]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(lambda piece: read_piece(*piece), pieces):
+            pass  # raises what a reader raised
