@@ -15,47 +15,33 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="parity needs torch (the `test` extra on Python 3.11)")
 transformers = pytest.importorskip("transformers")
-import tiny  # noqa: E402
-import tiny_folders  # noqa: E402
+import tiny_stacks  # noqa: E402
 from flax import nnx  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
+from tiny_stacks import (  # noqa: E402
+    CHOOSE,
+    CLASSIFY,
+    LABELS,
+    LANGUAGES,
+    LLMS,
+    MAX_LENGTH,
+    QUESTIONS,
+    TEXTS,
+    WIDTH,
+)
 
 from mtllm_jax import sharding  # noqa: E402
 from mtllm_jax.config import Mesh  # noqa: E402
-from mtllm_jax.data.packing import padded  # noqa: E402
 from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer  # noqa: E402
-from mtllm_jax.data.train_tokenizer import (  # noqa: E402
-    train_llama_tokenizer,
-    train_nllb_tokenizer,
-)
 from mtllm_jax.hf.stack import check_stack, load_stack, save_stack  # noqa: E402
-from mtllm_jax.models import lora  # noqa: E402
-from mtllm_jax.models.bert import Bert, BertConfig  # noqa: E402
-from mtllm_jax.models.bridge import Bridge  # noqa: E402
-from mtllm_jax.models.llama import Llama, LlamaConfig  # noqa: E402
-from mtllm_jax.models.nllb import NLLB, NLLBConfig  # noqa: E402
-from mtllm_jax.models.stack import Stack, classification_head, segment_mean  # noqa: E402
-from mtllm_jax.ops.rope import Llama3Scaling  # noqa: E402
+from mtllm_jax.models.stack import segment_mean  # noqa: E402
 from mtllm_jax.tasks.multiple_choice import (  # noqa: E402
     choice_segments,
     choice_text,
     kept_tokens,
 )
 
-CODES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
-TEXTS = ["Japan und Kenia", "Peru", "ケニアと日本とペルー", "Kenya, Peru and Japan; Peru"]
-LANGUAGES = ["deu_Latn", "eng_Latn", "jpn_Jpan", "eng_Latn"]
-LABELS = ("no", "yes", "so so")
-MAX_LENGTH = 24
-WIDTH = 32
-LLMS = {
-    "llama": {"rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 16), "rope_theta": 5e5},
-    "mistral": {"sliding_window": 3},
-    "qwen2": {"qkv_bias": True, "rope_theta": 1e6},
-    "qwen3": {"qk_norm": True, "tie_embeddings": True},
-}
 COMBINATIONS = [*(("nllb", family) for family in LLMS), ("bert", "llama"), ("xlmr", "qwen3")]
-CLASSIFY, CHOOSE = "classification", "multiple_choice"
 AUTO = {
     "none": transformers.AutoModel,
     CLASSIFY: transformers.AutoModelForSequenceClassification,
@@ -74,108 +60,10 @@ def modules_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    """A folder with one tokenizer of each kind."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    train_nllb_tokenizer(TEXTS, CODES, 120, root / "nllb")
-    train_llama_tokenizer(TEXTS, 320, root / "llm")
-    (root / "llm" / "config.json").write_text('{"model_type": "llama"}')
-    tiny_folders.bert_tokenizer(root / "bert", TEXTS, 120)
-    tiny_folders.xlmr_tokenizer(root / "xlmr", TEXTS, 60)
-    tiny_folders.m2m100_tokenizer(root / "m2m100", TEXTS, 120)
-    return root
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A stack with adapters, a head of each kind, and its tokenizer."""
-
-    stack: Stack
-    heads: dict
-    tokenizers: object
-    encoder: str
-
-    @functools.cached_property
-    def source(self):
-        return source_tokenizer(self.tokenizers / self.encoder)
-
-    def save(self, folder, kind="none", **options):
-        given = {
-            "head": self.heads.get(kind),
-            "kind": kind,
-            "labels": LABELS if kind == CLASSIFY else (),
-            "bidirectional": True,
-            "max_length": MAX_LENGTH,
-            "languages": self.source.languages,
-            "encoder_tokenizer_from": self.tokenizers / self.encoder,
-            "llm_tokenizer_from": self.tokenizers / "llm",
-        }
-        save_stack(folder, self.stack, **given | options)
-        return folder
-
-    def hidden(self, rows, causal=False):
-        """Our states [B, S, D] of rows of token ids, and segments [B, S]."""
-        batch = padded(rows, "text", self.source.pad_id, rows=len(rows))
-        ids, segments = batch["text_ids"], batch["text_segments"]
-        return self._hidden(ids, segments, causal), segments
-
-    @functools.cached_property
-    def _hidden(self):
-        graph, state = nnx.split(self.stack)
-
-        @functools.partial(jax.jit, static_argnums=3, compiler_options=tiny.QUICK)
-        def run(state, ids, segments, causal):
-            return nnx.merge(graph, state).hidden(ids, segments, 1, causal=causal)
-
-        return functools.partial(run, state)
-
-    def vectors(self, rows, causal=False):
-        """Our vectors [B, D] of rows of token ids."""
-        h_BSD, segments_BS = self.hidden(rows, causal)
-        return np.asarray(segment_mean(h_BSD, segments_BS, 1)[:, 0])
-
-
-@pytest.fixture(scope="module")
-def made(tokenizers):
+def made(tmp_path_factory):
     """(encoder, LLM family) → Made, each made once."""
-
-    @functools.cache
-    def make(encoder, family):
-        size = source_tokenizer(tokenizers / encoder).vocab_size
-        source = {
-            "nllb": lambda: NLLB(NLLBConfig(size, 16, 2, 1, 2, 2, 24, 24), tiny.rngs()),
-            "m2m100": lambda: NLLB(NLLBConfig(size, 16, 1, 0, 2, 2, 24, 24), tiny.rngs()),
-            "bert": lambda: Bert(BertConfig(size, 16, 1, 2, 24, 40), tiny.rngs()),
-            "xlmr": lambda: Bert(
-                BertConfig(size, 16, 1, 2, 24, 40, pad_id=1, family="xlm-roberta"), tiny.rngs()
-            ),
-        }[encoder]()
-        config = LlamaConfig(
-            vocab_size=TargetTokenizer(tokenizers / "llm").vocab_size,
-            width=WIDTH,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_width=8,
-            ffn_width=48,
-            family=family,
-            **LLMS[family],
-        )
-        llm = Llama(config, tiny.rngs())
-        for rank, targets in ((4, ("q", "down")), (2, ("v",))):
-            lora.attach(llm, rank=rank, alpha=6, dropout=0.1, targets=targets, rngs=tiny.rngs())
-        stack = Stack(source, Bridge(16, WIDTH, 1.0, tiny.rngs()), llm)
-        heads = {
-            "none": None,
-            CLASSIFY: classification_head(WIDTH, len(LABELS), tiny.rngs()),
-            CHOOSE: classification_head(WIDTH, 1, tiny.rngs()),
-        }
-        tiny.randomised(stack, 1)
-        for kind in (CLASSIFY, CHOOSE):
-            tiny.randomised(heads[kind], 2)
-        return Made(stack, heads, tokenizers, encoder)
-
-    return make
+    tokenizers = tiny_stacks.make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+    return functools.cache(functools.partial(tiny_stacks.make_stack, tokenizers))
 
 
 def in_torch(folder, kind="none", **options):
@@ -272,13 +160,6 @@ def test_padding_on_either_side(encoder, family, bidirectional, made, tmp_path):
     np.testing.assert_allclose(alone[0], expected[0], atol=1e-4)
 
 
-QUESTIONS = [
-    ("Kenya and Peru and Japan", "Peru?", ("Kenya", "Peru", "Japan and Peru", "Kenya")),
-    ("Japan", "Kenya?", ("Peru", "Japan")),
-    ("Peru Kenya Japan " * 8, "and?", ("Japan", "Peru")),
-]
-
-
 @pytest.mark.parametrize(("encoder", "family"), [("nllb", "llama"), ("xlmr", "qwen3")])
 def test_multiple_choice(encoder, family, made, tmp_path):
     """Rows of 2 and 4 choices; the last one's context is cut."""
@@ -368,13 +249,9 @@ def test_a_folder_is_whole(made, tmp_path):
     assert again.classify(TEXTS, LANGUAGES) == model.classify(TEXTS, LANGUAGES)
     found = load_stack(tmp_path / "again")
     assert found.labels == LABELS
-    np.testing.assert_allclose(
-        Made(found.stack, {}, ours.tokenizers, "nllb").vectors(
-            ours.source.encode(TEXTS, LANGUAGES)
-        ),
-        ours.vectors(ours.source.encode(TEXTS, LANGUAGES)),
-        atol=1e-4,
-    )
+    rows = ours.source.encode(TEXTS, LANGUAGES)
+    vectors = dataclasses.replace(ours, stack=found.stack).vectors(rows)
+    np.testing.assert_allclose(vectors, ours.vectors(rows), atol=1e-4)
 
 
 def test_long_and_empty_texts(made, tmp_path):

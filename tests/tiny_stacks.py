@@ -1,0 +1,140 @@
+"""Stacks of a few thousand random weights with adapters, heads and tokenizers, and their outputs.
+
+B texts, S positions, D LLM width.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tiny
+import tiny_folders
+from flax import nnx
+
+from mtllm_jax.data.packing import padded
+from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer, source_tokenizer
+from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tokenizer
+from mtllm_jax.hf.stack import save_stack
+from mtllm_jax.models import lora
+from mtllm_jax.models.bert import Bert, BertConfig
+from mtllm_jax.models.bridge import Bridge
+from mtllm_jax.models.llama import Llama, LlamaConfig
+from mtllm_jax.models.nllb import NLLB, NLLBConfig
+from mtllm_jax.models.stack import Stack, classification_head, segment_mean
+from mtllm_jax.ops.rope import Llama3Scaling
+
+CODES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
+TEXTS = ["Japan und Kenia", "Peru", "ケニアと日本とペルー", "Kenya, Peru and Japan; Peru"]
+LANGUAGES = ["deu_Latn", "eng_Latn", "jpn_Jpan", "eng_Latn"]
+QUESTIONS = [
+    ("Kenya and Peru and Japan", "Peru?", ("Kenya", "Peru", "Japan and Peru", "Kenya")),
+    ("Japan", "Kenya?", ("Peru", "Japan")),
+    ("Peru Kenya Japan " * 8, "and?", ("Japan", "Peru")),
+]
+LABELS = ("no", "yes", "so so")
+MAX_LENGTH = 24
+WIDTH = 32
+LLMS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 16), "rope_theta": 5e5},
+    "mistral": {"sliding_window": 3},
+    "qwen2": {"qkv_bias": True, "rope_theta": 1e6},
+    "qwen3": {"qk_norm": True, "tie_embeddings": True},
+}
+CLASSIFY, CHOOSE = "classification", "multiple_choice"
+
+
+def make_tokenizers(root: Path) -> Path:
+    """A folder with one tokenizer of each kind in a sub-folder."""
+    train_nllb_tokenizer(TEXTS, CODES, 120, root / "nllb")
+    train_llama_tokenizer(TEXTS, 320, root / "llm")
+    (root / "llm" / "config.json").write_text('{"model_type": "llama"}')
+    tiny_folders.bert_tokenizer(root / "bert", TEXTS, 120)
+    tiny_folders.xlmr_tokenizer(root / "xlmr", TEXTS, 60)
+    tiny_folders.m2m100_tokenizer(root / "m2m100", TEXTS, 120)
+    return root
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A stack with adapters, a head of each kind, and the name of its encoder's tokenizer."""
+
+    stack: Stack
+    heads: dict[str, Any]
+    tokenizers: Path
+    encoder: str
+
+    @functools.cached_property
+    def source(self) -> SourceTokenizer:
+        return source_tokenizer(self.tokenizers / self.encoder)
+
+    def save(self, folder: Path, kind: str = "none", **options: Any) -> Path:
+        given = {
+            "head": self.heads.get(kind),
+            "kind": kind,
+            "labels": LABELS if kind == CLASSIFY else (),
+            "bidirectional": True,
+            "max_length": MAX_LENGTH,
+            "languages": self.source.languages,
+            "encoder_tokenizer_from": self.tokenizers / self.encoder,
+            "llm_tokenizer_from": self.tokenizers / "llm",
+        }
+        save_stack(folder, self.stack, **given | options)
+        return folder
+
+    def hidden(self, rows: list[np.ndarray], causal: bool = False) -> tuple[jax.Array, np.ndarray]:
+        """States [B, S, D] of rows of token ids, and their segments [B, S]."""
+        batch = padded(rows, "text", self.source.pad_id, rows=len(rows))
+        ids, segments = batch["text_ids"], batch["text_segments"]
+        return self._hidden(ids, segments, causal), segments
+
+    def vectors(self, rows: list[np.ndarray], causal: bool = False) -> np.ndarray:
+        """[B, D]."""
+        h_BSD, segments_BS = self.hidden(rows, causal)
+        return np.asarray(segment_mean(h_BSD, segments_BS, 1)[:, 0])
+
+    @functools.cached_property
+    def _hidden(self) -> Any:
+        graph, state = nnx.split(self.stack)
+
+        @functools.partial(jax.jit, static_argnums=3, compiler_options=tiny.QUICK)
+        def run(state: Any, ids: jax.Array, segments: jax.Array, causal: bool) -> jax.Array:
+            return nnx.merge(graph, state).hidden(ids, segments, 1, causal=causal)
+
+        return functools.partial(run, state)
+
+
+def make_stack(tokenizers: Path, encoder: str, family: str) -> Made:
+    """A stack on an encoder whose tokenizer is in the sub-folder of its name."""
+    size = source_tokenizer(tokenizers / encoder).vocab_size
+    rngs = tiny.rngs()
+    source = {
+        "nllb": lambda: NLLB(NLLBConfig(size, 16, 2, 1, 2, 2, 24, 24), rngs),
+        "m2m100": lambda: NLLB(NLLBConfig(size, 16, 1, 0, 2, 2, 24, 24), rngs),
+        "bert": lambda: Bert(BertConfig(size, 16, 1, 2, 24, 40), rngs),
+        "xlmr": lambda: Bert(
+            BertConfig(size, 16, 1, 2, 24, 40, pad_id=1, family="xlm-roberta"), rngs
+        ),
+    }[encoder]()
+    config = LlamaConfig(
+        vocab_size=TargetTokenizer(tokenizers / "llm").vocab_size,
+        width=WIDTH,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=8,
+        ffn_width=48,
+        family=family,
+        **LLMS[family],
+    )
+    llm = Llama(config, rngs)
+    for rank, targets in ((4, ("q", "down")), (2, ("v",))):
+        lora.attach(llm, rank=rank, alpha=6, dropout=0.1, targets=targets, rngs=rngs)
+    stack = tiny.randomised(Stack(source, Bridge(16, WIDTH, 1.0, rngs), llm), 1)
+    heads = {
+        CLASSIFY: tiny.randomised(classification_head(WIDTH, len(LABELS), rngs), 2),
+        CHOOSE: tiny.randomised(classification_head(WIDTH, 1, rngs), 3),
+    }
+    return Made(stack, heads, tokenizers, encoder)
