@@ -61,6 +61,7 @@ def test_encoders_by_what_their_folder_is(folders):
         load_encoder(folders / "llama")
 
 
+@pytest.mark.slow
 def test_a_run_without_a_translation_model(own, tmp_path):
     """All stages, three systems, and the answers in Python."""
     few = {f"{stage}.steps": 5 for stage in ("adaptation.training", "teacher", "mt_encoder")}
