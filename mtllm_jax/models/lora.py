@@ -9,12 +9,16 @@ The factors are of type `LoRAParam`, so one split tells them from the weights th
 and a module that `attach` was not called on, built from the same weights, is the teacher.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import Array
 
-from mtllm_jax.models.layers import Linear, LoRAParam, param, stacked
+from mtllm_jax.models.layers import Linear, LoRAParam, param
 
 # U(−1/√I, 1/√I): torch's own initialisation of a linear map, which PEFT gives to A. B starts at 0.
 _INIT_A = nnx.initializers.variance_scaling(
@@ -61,31 +65,80 @@ def attach(
 
 def _attach_one(linear: Linear, rank: int, alpha: float, dropout: float, rngs: nnx.Rngs) -> None:
     *layers, size_in, size_out = linear.kernel.shape
-    num_layers = layers[0] if layers else None
-    dim_in, dim_out = linear.kernel.dims[-2:]
-    shape, dims = stacked(num_layers, (size_in, rank), (dim_in, "rank"))
+    dims_a, dims_b = _dims(linear)
     init = _INIT_A if layers else _INIT_A_BARE
-    linear.lora_a = param(rngs, shape, dims, init, LoRAParam)
-    shape, dims = stacked(num_layers, (rank, size_out), ("rank", dim_out))
-    linear.lora_b = param(rngs, shape, dims, nnx.initializers.zeros, LoRAParam)
+    linear.lora_a = param(rngs, (*layers, size_in, rank), dims_a, init, LoRAParam)
+    zeros = nnx.initializers.zeros
+    linear.lora_b = param(rngs, (*layers, rank, size_out), dims_b, zeros, LoRAParam)
     linear.lora_scale = alpha / rank
     linear.lora_dropout = dropout
 
 
-def merge(module: nnx.Module) -> None:
-    """Add scale · A B to the kernels, in place, and take the adapters off.
+def put(
+    linear: Linear, lora_a: Array, lora_b: Array, *, scale: float, dropout: float = 0.0
+) -> None:
+    """Put ready factors on a linear map, in place: [I, R] and [R, O], or with a leading L."""
+    dims_a, dims_b = _dims(linear)
+    linear.lora_a = LoRAParam(lora_a, dims=dims_a)
+    linear.lora_b = LoRAParam(lora_b, dims=dims_b)
+    linear.lora_scale = scale
+    linear.lora_dropout = dropout
 
-    The sum is made in float32 and stored in the kernel's dtype.
-    """
+
+def _dims(linear: Linear) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the dims of both factors."""
+    *layers, dim_in, dim_out = linear.kernel.dims
+    return (*layers, dim_in, "rank"), (*layers, "rank", dim_out)
+
+
+def merge(module: nnx.Module) -> None:
+    """Add scale · A B to the kernels, in place, and take the adapters off. See `add`."""
     for _, linear in _linears(module):
         if linear.lora_a is None or linear.lora_b is None:
             continue
-        a, b = (x[...].astype(jnp.float32) for x in (linear.lora_a, linear.lora_b))
-        kernel = linear.kernel[...]
-        merged = kernel.astype(jnp.float32) + linear.lora_scale * (a @ b)
-        linear.kernel[...] = merged.astype(kernel.dtype)
+        add(linear, linear.lora_a[...], linear.lora_b[...], linear.lora_scale)
         linear.lora_a = linear.lora_b = nnx.data(None)
         linear.lora_scale = linear.lora_dropout = 0.0
+
+
+def add(
+    linear: Linear,
+    lora_a: Array | np.ndarray,
+    lora_b: Array | np.ndarray,
+    scale: float,
+    *,
+    donate: bool = False,
+) -> None:
+    """Add scale · A B to a linear map's kernel, in place: [I, R] and [R, O], or with a leading L.
+
+    The sum is made in float32, layer by layer, and stored in the kernel's dtype, where the kernel
+    lies. donate: into its very memory, which no other module may share then.
+    """
+    kernel = linear.kernel[...]
+    linear.kernel.set_value(_merge_into(kernel.sharding, donate)(kernel, lora_a, lora_b, scale))
+
+
+@functools.cache
+def _merge_into(place: jax.sharding.Sharding, donate: bool) -> Callable[..., Array]:
+    """Jitted (kernel, A, B, scale) → merged kernel at `place`."""
+    return jax.jit(_merged, out_shardings=place, donate_argnums=(0,) if donate else ())
+
+
+def _merged(kernel: Array, lora_a: Array, lora_b: Array, scale: Array) -> Array:
+    """kernel [I, O], A [I, R] and B [R, O], or all with a leading L."""
+
+    def one(kernel_IO: Array, a_IR: Array, b_RO: Array) -> Array:
+        wide_IO, a_IR, b_RO = (x.astype(jnp.float32) for x in (kernel_IO, a_IR, b_RO))
+        update_IO = jnp.matmul(a_IR, b_RO, precision=jax.lax.Precision.HIGHEST)
+        return (wide_IO + scale * update_IO).astype(kernel.dtype)
+
+    def put(layer: Array, kernel_LIO: Array) -> Array:
+        merged_IO = one(kernel_LIO[layer], lora_a[layer], lora_b[layer])
+        return kernel_LIO.at[layer].set(merged_IO)
+
+    if kernel.ndim == 2:
+        return one(kernel, lora_a, lora_b)
+    return jax.lax.fori_loop(0, kernel.shape[0], put, kernel)
 
 
 def _linears(module: nnx.Module) -> Iterator[tuple[str, Linear]]:
