@@ -135,6 +135,42 @@ def test_bare_map_merges():
     np.testing.assert_allclose(bare.map(x), attached, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sums_are_made_in_float32_and_stored_as_the_kernel_is(dtype):
+    """Many small updates, none of which bfloat16 would notice by itself."""
+    rng = np.random.default_rng(3)
+    linear = Linear(4, 3, ("embed", "ffn"), init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    linear.kernel.set_value(linear.kernel[...].astype(dtype))
+    a_IR, b_RO = np.full((4, 64), 1e-3, np.float32), rng.uniform(0, 1, (64, 3)).astype(np.float32)
+    lora.add(linear, a_IR, b_RO, 0.5)
+    expected = jnp.asarray(1 + 0.5 * a_IR @ b_RO, dtype)
+    np.testing.assert_allclose(linear.kernel[...], expected, rtol=1e-6)
+    assert linear.kernel.dtype == dtype and np.all(expected > 1)
+
+
+def test_merging_takes_the_memory_of_the_kernel_and_of_a_few_layers():
+    linear = llama().layers.gate
+    kernel = linear.kernel[...]
+    a_LIR, b_LRO = np.zeros((2, 16, 3), np.float32), np.zeros((2, 3, 24), np.float32)
+    lora.add(linear, a_LIR, b_LRO, 1.0)
+    assert not kernel.is_deleted()
+    kernel = linear.kernel[...]
+    lora.add(linear, a_LIR, b_LRO, 1.0, donate=True)
+    assert kernel.is_deleted() and not linear.kernel[...].is_deleted()
+    large, factors = jnp.zeros((32, 64, 48)), (jnp.zeros((32, 64, 2)), jnp.zeros((32, 2, 48)))
+    program = lora._merge_into(large.sharding, True).lower(large, *factors, 1.0).compile()
+    needed = program.memory_analysis()
+    assert needed.alias_size_in_bytes == large.nbytes
+    assert needed.temp_size_in_bytes < 4 * large[0].nbytes
+
+
+def test_ready_factors_are_put_as_fresh_ones_are():
+    linear, other = (attach(llama(), ("up",)).layers.up for _ in range(2))
+    lora.put(other, linear.lora_a[...], linear.lora_b[...], scale=2.0)
+    assert nnx.graphdef(linear) == nnx.graphdef(other)
+    assert other.lora_a.dims == linear.lora_a.dims and other.lora_b.dims == linear.lora_b.dims
+
+
 def test_gradients_exist_for_adapters_alone():
     model = attach(llama(), ("q", "down"))
     graph, adapters, frozen = nnx.split(model, LoRAParam, ...)

@@ -336,7 +336,9 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _all(items: Any, kind: type, test: Callable[[Any], bool]) -> bool:
+def _all(
+    items: Any, kind: type[list[Any]] | type[dict[str, Any]], test: Callable[[Any], bool]
+) -> bool:
     return isinstance(items, kind) and all(map(test, items))
 
 
