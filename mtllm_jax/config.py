@@ -206,9 +206,11 @@ class Distillation:
 class Mesh:
     """Devices along each axis; at most one -1, which takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # rows of a batch; every device along it holds the same weights
+    fsdp: int = 1  # rows of a batch, and the weights
+    tensor: int = 1  # heads, feed-forward, vocabulary
+    context: int = 1  # positions of a row, for rows beyond some 8000 tokens
+    slices: int = 1  # of TPUs, joined by the data-centre network; data runs over them
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,7 @@ class MTLLM:
         for where, training in self.stages().items():
             training.check(where, SIDES[where])
         sizes = dataclasses.asdict(self.mesh)
+        require(self.mesh.slices >= 1, "mesh.slices", self.mesh.slices, "at least 1")
         require(
             all(n >= 1 or n == -1 for n in sizes.values()) and list(sizes.values()).count(-1) <= 1,
             "mesh",

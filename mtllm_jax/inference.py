@@ -35,7 +35,7 @@ class Vectors:
         mesh: jax.sharding.Mesh,
     ):
         sharding.check_rows(batch_rows, mesh, "evaluation.batch_rows")
-        self._forward = jax.jit(forward)
+        self._forward = jax.jit(sharding.on(mesh, forward))
         self._state = sharding.place(state, mesh)
         self._pad_id = pad_id
         self._batch_rows = batch_rows

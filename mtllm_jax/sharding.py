@@ -1,84 +1,97 @@
-"""The mesh, and one table from logical dims to mesh axes.
+"""The mesh, and what lies where on it: parameters, optimizer state, batches.
 
-An "axis" is the mesh's, a "dim" an array's.
+An "axis" is the mesh's, a "dim" an array's. The table from dims to axes is `ops/layout.py`'s, as
+models lay their activations by it too.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtllm_jax.config import Mesh
+from mtllm_jax.ops.layout import AXES, DIM_TO_AXIS, spec
 
-AXES = ("data", "fsdp", "tensor")
-
-# Logical dim → mesh axis. `embed` is the width that every matrix shares, so it is the one that
-# FSDP cuts; heads, ffn and vocab are cut by tensor parallelism.
-DIM_TO_AXIS: dict[str, str | None] = {
-    "layers": None,
-    "norm": None,
-    "rank": None,
-    "classes": None,
-    "bridge": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "ffn": "tensor",
-    "vocab": "tensor",
-    "positions": None,
-    "types": None,
-}
-
-BATCH = PartitionSpec(("data", "fsdp"))  # the rows of a batch are cut over both axes
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # Arrays below this many elements stay whole: gathering them costs more than they weigh.
 SMALLEST_SHARDED = 2**16
 
 
 def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Mesh data × fsdp × tensor over all devices. Raises ValueError where sizes do not multiply."""
+    """Mesh data × fsdp × context × tensor over all devices.
+
+    With several slices, data runs over them and every other axis inside one: what crosses the
+    slow network are gradients alone. ValueError where sizes do not multiply to the devices, or
+    slices are not those that the devices lie in.
+    """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
-    if -1 in sizes:
-        known = math.prod(n for n in sizes if n != -1)
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        given = dict(zip(AXES, (config.data, config.fsdp, config.tensor), strict=True))
+    given = {axis: getattr(config, axis) for axis in AXES}
+    known = math.prod(size for size in given.values() if size != -1)
+    sizes = {axis: len(devices) // known if n == -1 else n for axis, n in given.items()}
+    if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"config.mesh is {given}; its sizes must multiply to the {len(devices)} devices."
         )
+    _check_slices(config.slices, sizes["data"], devices)
     # axis_types by hand: the default has changed between releases.
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    if config.slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    inside = sizes | {"data": sizes["data"] // config.slices}
+    across = dict.fromkeys(AXES, 1) | {"data": config.slices}
+    grid = mesh_utils.create_hybrid_device_mesh(
+        tuple(inside.values()), tuple(across.values()), devices
+    )
+    return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
+
+
+def _check_slices(slices: int, data: int, devices: Sequence[jax.Device]) -> None:
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    # GPUs call each node a slice; their one mesh may run over nodes as it likes.
+    free = slices == 1 and devices[0].platform != "tpu"
+    if slices != found and not free:
+        raise ValueError(f"config.mesh.slices is {slices}; the devices lie in {found}.")
+    if data % slices:
+        raise ValueError(
+            f"config.mesh.data is {data}; it must be a multiple of config.mesh.slices, {slices}."
+        )
+
+
+def on(
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, function: Callable[Arguments, Result]
+) -> Callable[Arguments, Result]:
+    """`function`, traced for this mesh: what its activations are laid over. To be put in `jit`."""
+
+    @functools.wraps(function)
+    def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def partition(
-    dims: Sequence[str], shape: Sequence[int], mesh: jax.sharding.Mesh | Any, name: str
+    dims: Sequence[str],
+    shape: Sequence[int],
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    name: str,
 ) -> PartitionSpec:
-    """Where each dim of one array goes.
+    """Where each dim of one parameter goes.
 
     Raises ValueError naming the array if a dim is unknown, or if two dims claim one axis. A dim
     that its axis does not divide, and every dim of a small array, stays whole.
     """
-    axes: list[str | None] = []
-    for dim in dims:
-        if dim not in DIM_TO_AXIS:
-            raise ValueError(f"{name} has the unknown dim {dim!r}; known are {list(DIM_TO_AXIS)}.")
-        axes.append(DIM_TO_AXIS[dim])
-    claimed = [axis for axis in axes if axis is not None]
-    for axis in set(claimed):
-        if claimed.count(axis) > 1:
-            raise ValueError(f"two dims of {name}, {tuple(dims)}, claim the mesh axis {axis!r}.")
-    if math.prod(shape) < SMALLEST_SHARDED:
-        return PartitionSpec()
-    fits = [
-        axis if axis is not None and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, shape, strict=True)
-    ]
-    return PartitionSpec(*fits)
+    whole = math.prod(shape) < SMALLEST_SHARDED
+    by_table = spec(dims, shape, mesh, name)
+    return PartitionSpec() if whole else by_table
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -102,11 +115,19 @@ def place(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(jax.device_put, tree, shardings(tree, mesh))
 
 
+def batch_partition(name: str) -> PartitionSpec:
+    """Where an array of a batch goes: its rows, and of a token stream the positions too."""
+    dims = ["rows", "tokens"] if name.endswith(("_ids", "_segments")) else ["rows"]
+    return PartitionSpec(*(DIM_TO_AXIS[dim] for dim in dims))
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch → global arrays cut over the rows."""
-    sharding = NamedSharding(mesh, BATCH)
+    """This process's rows of a batch → global arrays, cut as `batch_partition` says."""
     return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+        name: jax.make_array_from_process_local_data(
+            NamedSharding(mesh, batch_partition(name)), rows
+        )
+        for name, rows in batch.items()
     }
 
 
@@ -115,3 +136,12 @@ def check_rows(rows: int, mesh: jax.sharding.Mesh, field: str) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise ValueError(f"config.{field} is {rows}; it must be a multiple of {ways}, data × fsdp.")
+
+
+def check_length(length: int, mesh: jax.sharding.Mesh, field: str) -> None:
+    """Raise ValueError unless rows of `length` tokens can be cut over the mesh."""
+    ways = mesh.shape["context"]
+    if length % ways:
+        raise ValueError(
+            f"config.{field} is {length}; it must be a multiple of {ways}, config.mesh.context."
+        )

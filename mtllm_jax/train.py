@@ -158,10 +158,11 @@ def fit(
     source = rows()
     stage.notes |= {"rows": len(source), "bytes": _sizes(state, frozen)}
     iterator = batches(source, batch_rows=config.batch_rows, seed=seed, add=add)
+    one_step = functools.partial(
+        train_step, objective=objective, optimizer=optimizer, accumulation=config.accumulation
+    )
     step_fn = jax.jit(
-        functools.partial(
-            train_step, objective=objective, optimizer=optimizer, accumulation=config.accumulation
-        ),
+        sharding.on(mesh, one_step),
         donate_argnums=0,
         out_shardings=(sharding.shardings(state, mesh), None),
     )

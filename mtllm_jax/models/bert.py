@@ -21,6 +21,7 @@ from mtllm_jax.models.layers import (
     Attention,
     LayerNorm,
     biased_linear,
+    look_up,
     param,
     positions_in_segment,
     scan_layers,
@@ -139,7 +140,7 @@ class Bert(nnx.Module):
 
     def embed(self, ids_BS: Array, positions_BS: Array, dtype: DTypeLike) -> Array:
         """[B, S, E]: token plus position, counted from 0 in each text, plus type 0; normalised."""
-        token_BSE = self.embedding_VE[...][ids_BS].astype(jnp.float32)
+        token_BSE = look_up(self.embedding_VE[...], ids_BS).astype(jnp.float32)
         position_BSE = self.position_PE[...][positions_BS + self.config.first_position]
         type_11E = self.type_YE[...][:1, None].astype(jnp.float32)
         h_BSE = token_BSE + position_BSE.astype(jnp.float32) + type_11E

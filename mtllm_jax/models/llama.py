@@ -20,6 +20,7 @@ from mtllm_jax.models.layers import (
     REMAT_POLICIES,
     Linear,
     RMSNorm,
+    look_up,
     param,
     positions_in_segment,
     scan_layers,
@@ -197,7 +198,7 @@ class Llama(nnx.Module):
 
     def embed(self, ids_BT: Array, dtype: DTypeLike = jnp.float32) -> Array:
         """Token ids int32 [B, T] → h_BTD in `dtype`, which the layers then compute in."""
-        return self.embedding[...][ids_BT].astype(dtype)
+        return look_up(self.embedding[...], ids_BT).astype(dtype)
 
     def hidden(
         self,
