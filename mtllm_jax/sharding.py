@@ -94,7 +94,7 @@ def partition(
     return PartitionSpec() if whole else by_table
 
 
-def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def shardings(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:
     """A NamedSharding for each leaf: by `dims` for parameters (and Adam's moments, which keep the
     parameter's type), whole for everything else. Works on arrays and on abstract shapes."""
 

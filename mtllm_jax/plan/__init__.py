@@ -1,0 +1,1 @@
+"""What a run costs on machines that nobody here owns: memory, FLOPs, traffic, time, chip-hours."""

@@ -1,0 +1,119 @@
+"""The real step of stage 1 from shapes alone: no weight is made, whatever the models' size.
+
+B rows, N texts per row, S encoder positions, T decoder positions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from mtllm_jax import sharding
+from mtllm_jax.config import MTLLM
+from mtllm_jax.models.bert import Bert, BertConfig
+from mtllm_jax.models.bridge import Bridge
+from mtllm_jax.models.layers import split
+from mtllm_jax.models.llama import Llama, LlamaConfig
+from mtllm_jax.models.nllb import NLLB, NLLBConfig
+from mtllm_jax.models.stack import Stack
+from mtllm_jax.recipes import stacking
+from mtllm_jax.train import TrainState, make_optimizer, train_step
+
+AnyMesh = Mesh | AbstractMesh
+Encoder = NLLBConfig | BertConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """`run(state, frozen, batch)` is the step; the three are shapes of all devices together."""
+
+    config: MTLLM
+    encoder: Encoder
+    llm: LlamaConfig
+    run: Callable[..., Any]
+    state: TrainState
+    frozen: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    def lower(self, mesh: AnyMesh, platform: str | None = None) -> jax.stages.Lowered:
+        """The step laid over a mesh as `train.fit` does, lowered for its devices; for the abstract
+        mesh, which has none, for `platform` ("tpu", "cuda", "cpu")."""
+        jitted = jax.jit(
+            sharding.on(mesh, self.run),
+            donate_argnums=0,
+            out_shardings=(sharding.shardings(self.state, mesh), None),
+        )
+        rows = {
+            name: jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype,
+                sharding=NamedSharding(mesh, sharding.batch_partition(name)),
+            )
+            for name, x in self.batch.items()
+        }
+        traced = jitted.trace(laid(self.state, mesh), laid(self.frozen, mesh), rows)
+        return traced.lower(lowering_platforms=(platform,) if platform else None)
+
+
+def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, num_texts: int) -> Step:
+    """The step of general adaptation, of models of these sizes. num_texts: N, packed in a row."""
+    training = config.adaptation.training
+    dtype = jnp.dtype(config.frozen_dtype)
+    encoder_module = _shapes_of(functools.partial(_new_encoder, encoder), dtype)
+    llm_module = _shapes_of(lambda: Llama(llm, nnx.Rngs(0)), dtype)
+
+    def build(encoder_module: Any, llm_module: Any) -> Stack:
+        bridge = Bridge(encoder.width, llm.width, 1.0, nnx.Rngs(0))
+        return Stack(encoder_module, bridge, stacking.with_adapters(config, llm_module, 0))
+
+    stack = nnx.eval_shape(build, encoder_module, llm_module)
+    graph, trainable, frozen = split(stack, stacking.is_trained(config))
+    teacher_graph, teacher = nnx.split(llm_module)
+    optimizer = make_optimizer(training)
+    state = jax.eval_shape(
+        lambda trainable: TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            opt_state=optimizer.init(trainable),
+            rng=jax.random.key(0),
+        ),
+        trainable,
+    )
+    run = functools.partial(
+        train_step,
+        objective=stacking.adaptation_objective(config, graph, teacher_graph),
+        optimizer=optimizer,
+        accumulation=training.accumulation,
+    )
+    B, S, T = training.batch_rows, training.source_length, training.target_length
+    shapes = {"source_ids": S, "source_segments": S, "target_ids": T, "target_segments": T}
+    batch = {
+        name: jax.ShapeDtypeStruct((B, length), jnp.int32)
+        for name, length in (shapes | {"example": num_texts}).items()
+    }
+    both = {"stack": frozen, "teacher": teacher}
+    return Step(config, encoder, llm, run, state, both, batch)
+
+
+def laid(tree: Any, mesh: AnyMesh) -> Any:
+    """Shapes with the sharding that arrays of theirs get."""
+
+    def with_sharding(x: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(with_sharding, tree, sharding.shardings(tree, mesh))
+
+
+def _new_encoder(config: Encoder) -> NLLB | Bert:
+    rngs = nnx.Rngs(0)
+    return NLLB(config, rngs) if isinstance(config, NLLBConfig) else Bert(config, rngs)
+
+
+def _shapes_of(make: Callable[[], Any], dtype: jnp.dtype) -> Any:
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state))

@@ -1,0 +1,112 @@
+"""Sizes of the models that a plan is made for: published ones by name, or those of a folder.
+
+No weights are read, so a plan needs no checkpoints.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+from mtllm_jax.config import MTLLM
+from mtllm_jax.hf import bert, llama, nllb
+from mtllm_jax.hf.folder import read_config
+from mtllm_jax.models.bert import FAMILIES as BERT_FAMILIES
+from mtllm_jax.models.bert import BertConfig
+from mtllm_jax.models.llama import FAMILIES as LLAMA_FAMILIES
+from mtllm_jax.models.llama import LlamaConfig
+from mtllm_jax.models.nllb import NLLBConfig
+
+
+def _nllb(width: int, layers: int, ffn: int) -> NLLBConfig:
+    return NLLBConfig(
+        vocab_size=256_206,
+        width=width,
+        encoder_layers=layers,
+        decoder_layers=0,
+        encoder_heads=16,
+        decoder_heads=16,
+        encoder_ffn=ffn,
+        decoder_ffn=ffn,
+    )
+
+
+def _llama3(width: int, layers: int, heads: int, ffn: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128_256,
+        width=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_width=128,
+        ffn_width=ffn,
+        rope_theta=500_000.0,
+        max_positions=8192,
+        bos_id=128_000,
+        eos_ids=(128_001,),
+    )
+
+
+# From config.json of facebook/nllb-200-distilled-600M, nllb-200-1.3B and nllb-200-3.3B.
+ENCODERS = {
+    "nllb-600m": _nllb(1024, 12, 4096),
+    "nllb-1.3b": _nllb(1024, 24, 8192),
+    "nllb-3.3b": _nllb(2048, 24, 8192),
+}
+# From config.json of meta-llama/Meta-Llama-3-8B and Meta-Llama-3-70B.
+LLMS = {
+    "llama3-8b": _llama3(4096, 32, 32, 14_336),
+    "llama3-70b": _llama3(8192, 80, 64, 28_672),
+}
+
+
+def encoder_sizes(config: MTLLM, name: str) -> NLLBConfig | BertConfig:
+    """Of the encoder that the config names a folder of, of the mini NLLB, or of a published one."""
+    options: dict[str, Any] = {"remat": config.remat, "unroll_layers": config.unroll_layers}
+    if config.encoder:
+        return dataclasses.replace(_encoder_of(config.encoder), **options)
+    if config.mini_nllb is not None:
+        mini = config.mini_nllb
+        found = NLLBConfig(
+            vocab_size=mini.vocab_size,
+            width=mini.width,
+            encoder_layers=mini.encoder_layers,
+            decoder_layers=0,
+            encoder_heads=mini.num_heads,
+            decoder_heads=mini.num_heads,
+            encoder_ffn=mini.ffn_width,
+            decoder_ffn=mini.ffn_width,
+        )
+        return dataclasses.replace(found, **options)
+    if name not in ENCODERS:
+        raise ValueError(f"--encoder is {name!r}; it must be one of {', '.join(ENCODERS)}.")
+    return dataclasses.replace(ENCODERS[name], **options)
+
+
+def _encoder_of(folder: str | os.PathLike[str]) -> NLLBConfig | BertConfig:
+    source = read_config(folder, ("m2m_100", *BERT_FAMILIES))
+    if source["model_type"] == "m2m_100":
+        return dataclasses.replace(nllb.config_from_hf(folder), decoder_layers=0)
+    return bert.config_from_hf(folder)
+
+
+def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
+    """Of the LLM that the config names a folder of, of the mini Llama, or of a published one."""
+    options: dict[str, Any] = {"remat": config.remat, "unroll_layers": config.unroll_layers}
+    if config.llm:
+        found = llama.config_from_hf(read_config(config.llm, LLAMA_FAMILIES))
+        return dataclasses.replace(found, **options)
+    if config.mini_llama is not None:
+        mini = config.mini_llama
+        found = LlamaConfig(
+            vocab_size=mini.vocab_size,
+            width=mini.width,
+            num_layers=mini.num_layers,
+            num_heads=mini.num_heads,
+            num_kv_heads=mini.num_kv_heads,
+            head_width=mini.width // mini.num_heads,
+            ffn_width=mini.ffn_width,
+        )
+        return dataclasses.replace(found, **options)
+    if name not in LLMS:
+        raise ValueError(f"--llm is {name!r}; it must be one of {', '.join(LLMS)}.")
+    return dataclasses.replace(LLMS[name], **options)
