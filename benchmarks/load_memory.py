@@ -156,7 +156,11 @@ def main() -> None:
             )
             for path in (*out.iterdir(), *(folder.iterdir() if i == len(CASES) - 1 else ())):
                 path.unlink()
-            print(rows[-1])
+            print(rows[-1], flush=True)
+            figures = json.loads(told)
+            most = max(figures["load, above"], figures["export, above"])
+            if most >= figures["largest"] + 1:
+                sys.exit(f"{most:.2f} GB above the arrays is too much")
 
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     model = [
@@ -169,7 +173,8 @@ def main() -> None:
     {COMMAND}
 
 {os.cpu_count()} CPU cores ({model[0].split(":")[1].strip()}), Python {platform.python_version()},
-{versions}; commit {commit[:12]}; other work on the machine, so that the seconds are upper bounds.
+{versions}; commit {commit[:12]}.
+Load average at the end: {os.getloadavg()[1]:.0f}; where other work runs, seconds are upper bounds.
 
 Random weights of the size of Llama 3.2 1B, tied, in files of up to 1 GB; read from the page cache.
 "Above" is the most resident memory (VmHWM), minus what was resident before the load, minus the
