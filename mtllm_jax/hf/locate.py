@@ -19,8 +19,8 @@ from mtllm_jax.hf.tensors import conversion
 
 _SCHEMES = ("gs", "s3", "az", "hf")  # that epath knows
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>\S+))?", re.ASCII)
-# Configs, indices and tokenizers. What other runtimes bring of their own lies in these folders.
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+# Configs, indices, tokenizers, and the card with the licence; other runtimes' files lie in folders.
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
 _IGNORED = ("onnx/*", "openvino/*", "original/*", "runs/*")
 
 

@@ -141,6 +141,7 @@ def hub(cache, monkeypatch):
         "chat_template.jinja": "",
         "llm_tokenizer/tokenizer.json": "",
         "README.md": "",
+        "images/README.md": "",
     }
     asked = []
 
@@ -156,7 +157,7 @@ def hub(cache, monkeypatch):
 
 
 SMALL_FILES = [
-    "chat_template.jinja", "config.json", "llm_tokenizer/tokenizer.json", "tokenizer.json"
+    "README.md", "chat_template.jinja", "config.json", "llm_tokenizer/tokenizer.json", "tokenizer.json"
 ]  # fmt: skip
 
 
