@@ -283,6 +283,8 @@ class NLLB(nnx.Module):
 def sinusoids(positions_BT: Array, width: int) -> Array:
     """[B, T, E] float32: sines in the first half of the width, cosines in the second."""
     steps = np.arange(width // 2, dtype=np.float32)
-    frequency_E = np.exp(steps * np.float32(-math.log(_LONGEST_WAVE) / (width // 2 - 1)))
+    exponents = steps * np.float32(-math.log(_LONGEST_WAVE) / (width // 2 - 1))
+    # By way of float64: numpy's exp of float32 is off by more than a rounding.
+    frequency_E = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angle_BTE = positions_BT[..., None].astype(jnp.float32) * frequency_E[None, None]
     return jnp.concatenate([jnp.sin(angle_BTE), jnp.cos(angle_BTE)], axis=-1)

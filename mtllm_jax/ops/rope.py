@@ -62,9 +62,11 @@ def rope_frequencies(
     """
     if head_width % 2:
         raise ValueError(f"head_width is {head_width}; rotary positions need an even number")
-    # float32 throughout, as the checkpoints were trained: at position 100,000 the last bit shows.
+    # At position 100,000 the last bit shows. So this file rounds to float32 where torch does, which
+    # the checkpoints were trained with; the power in float64, as numpy's of float32 is less exact.
     exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    frequencies = np.float32(1.0) / np.power(np.float32(theta), exponents)
+    periods = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1.0) / periods
     match scaling:
         case None:
             return frequencies
@@ -73,7 +75,7 @@ def rope_frequencies(
         case Llama3Scaling():
             return _llama3(frequencies, scaling)
         case YarnScaling():
-            return _yarn(frequencies, theta, scaling)
+            return _yarn(periods, theta, scaling)
 
 
 def rope_gain(scaling: RopeScaling | None) -> float:
@@ -83,15 +85,16 @@ def rope_gain(scaling: RopeScaling | None) -> float:
 
 def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     """The frequencies of Llama 3.1, after the reference code in Meta's `llama-models` release."""
-    turns = scaling.original_positions * frequencies / np.float32(2 * np.pi)
+    wavelengths = (1.0 / frequencies) * np.float32(2 * np.pi)
+    turns = scaling.original_positions * (1.0 / wavelengths)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (kept * frequencies + (1.0 - kept) * frequencies / scaling.factor).astype(np.float32)
+    return (1.0 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def _yarn(frequencies: np.ndarray, theta: float, scaling: YarnScaling) -> np.ndarray:
-    """The frequencies of the paper's "NTK-by-parts", after its authors' reference code."""
-    half = len(frequencies)
+def _yarn(periods: np.ndarray, theta: float, scaling: YarnScaling) -> np.ndarray:
+    """The frequencies of the paper's "NTK-by-parts"; periods: theta^(2i/H), 1 / frequency."""
+    half = len(periods)
 
     def place(turns: float) -> float:
         """The dim whose wave makes so many: theta^(−dim / half) · positions = 2π · turns."""
@@ -103,9 +106,9 @@ def _yarn(frequencies: np.ndarray, theta: float, scaling: YarnScaling) -> np.nda
     # The reference's bound is the last of all dims, though the pairs end at half of them.
     first, last = max(first, 0), min(last, 2 * half - 1)
     length = last - first if last != first else 0.001
-    slowed = np.clip((np.arange(half, dtype=np.float32) - first) / np.float32(length), 0.0, 1.0)
-    slow = frequencies / np.float32(scaling.factor)
-    return (slowed * slow + (1.0 - slowed) * frequencies).astype(np.float32)
+    kept = 1.0 - np.clip((np.arange(half, dtype=np.float32) - first) / length, 0.0, 1.0)
+    slow, fast = 1.0 / (scaling.factor * periods), 1.0 / periods
+    return slow * (1.0 - kept) + fast * kept
 
 
 def apply_rope(

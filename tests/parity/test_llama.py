@@ -247,10 +247,12 @@ def test_rope(parameters, scaling):
     assert ours.rope_theta == parameters["rope_theta"]
     assert ours.rope_scaling == scaling or scaling is None
     frequencies = rope_frequencies(128, ours.rope_theta, ours.rope_scaling)
-    np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=5e-7, atol=0)
+    np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=2e-7, atol=0)
+    # Bit for bit, but for one dim in which torch's own power may not be rounded to nearest.
+    assert (frequencies != theirs.inv_freq.numpy()).sum() <= 1
 
     x = np.random.default_rng(2).normal(size=(2, 40, 3, 128)).astype(np.float32)
-    positions = np.stack([np.arange(40), np.arange(40) % 7]).astype(np.int32)
+    positions = np.stack([np.arange(40) * 3300, np.arange(40) % 7]).astype(np.int32)
     cos, sin = theirs(torch.tensor(x), torch.tensor(positions))
     turned, _ = modeling_llama.apply_rotary_pos_emb(
         torch.tensor(x), torch.tensor(x), cos, sin, unsqueeze_dim=2
