@@ -44,9 +44,9 @@ def main(config: MTLLM) -> None:
     recipe = importlib.import_module(RECIPES[config.recipe][1])
     if idle := recipe.idle_fields(config, cli.overridden()):
         console.warn(idle)
-    inputs = recipe.read_inputs(config)
+    inputs = recipe.read_inputs(config, recipe.revisions_of(path))
     if _DRY_RUN.value:
-        recipe.dry_run(config, inputs, console)
+        recipe.dry_run(inputs, console)
     else:
         recipe.run(config, inputs, RunFolder(path, values), console)
 

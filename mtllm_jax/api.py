@@ -8,16 +8,19 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from etils import epath
 from jax.typing import DTypeLike
 
 from mtllm_jax import sharding
 from mtllm_jax.config import Mesh
-from mtllm_jax.data.tokenise import SourceTokenizer
+from mtllm_jax.data.tokenise import SourceTokenizer, source_tokenizer
+from mtllm_jax.hf.stack import MODEL_TYPES, load_stack
 from mtllm_jax.inference import Vectors
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.stack import Stack
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.finished import open_run
+from mtllm_jax.runfolder import read_json
 
 
 class Model:
@@ -88,14 +91,32 @@ class Model:
 
 
 def load(folder: str | os.PathLike[str], *, batch_rows: int = 32) -> Model:
-    """Open a run that has finished its training, on the first device.
+    """Open a run that has finished its training, or what was exported of one, on the first device.
 
-    folder: the run's --workdir. batch_rows: texts in one forward pass. Raises ValueError for what
-    is not the folder of such a run, or where weights or model folders are missing or damaged.
+    folder: the run's --workdir, a folder that launch/export.py --format=hf wrote, or one in the
+    layout of the authors' release. batch_rows: texts in one forward pass. Raises ValueError for
+    what is none of these, or where weights or model folders are missing or damaged.
     """
     mesh = sharding.make_mesh(Mesh(1, 1, 1), jax.devices()[:1])
+    config = epath.Path(folder) / "config.json"
+    values = read_json(config) if config.exists() else None
+    if isinstance(values, dict) and values.get("model_type") in MODEL_TYPES:
+        exported = load_stack(folder, mesh=mesh)
+        legacy = exported.legacy_source_order
+        return Model(
+            exported.stack,
+            source_tokenizer(folder, legacy_source_order=legacy),
+            head=exported.head if exported.kind == "classification" else None,
+            labels=exported.labels,
+            causal=not exported.bidirectional,
+            dtype=np.float32,
+            max_length=exported.max_length,
+            batch_rows=batch_rows,
+            mesh=mesh,
+        )
     run = open_run(folder)
-    parts, _, student = run.load(mesh)
+    parts = run.load_parts(mesh)
+    _, student = run.load_trained(parts)
     return Model(
         student.stack,
         parts.source,

@@ -14,13 +14,14 @@ from mtllm_jax.models.nllb import NLLB, NLLBConfig
 
 Encoder = NLLB | Bert
 
-_TRANSLATING = "m2m_100"
+# model_types of config.json
+TRANSLATORS = ("m2m_100",)
+ENCODERS = (*TRANSLATORS, *FAMILIES)
 
 
 def has_decoder(folder: str | os.PathLike) -> bool:
     """Whether a folder's model can translate. ValueError for a model of no family here."""
-    config = read_config(folder, (_TRANSLATING, *FAMILIES))
-    return config["model_type"] == _TRANSLATING
+    return read_config(folder, ENCODERS)["model_type"] in TRANSLATORS
 
 
 def load_encoder(

@@ -39,8 +39,9 @@ _SHOWN_TOKENS = 24
 Group = TypeVar("Group")
 
 
-def dry_run(config: MTLLM, inputs: Inputs, console: Console) -> None:
+def dry_run(inputs: Inputs, console: Console) -> None:
     """Take one step of each stage in a folder that is gone afterwards, and print what was seen."""
+    config = inputs.config
     small = reduced(config)
     if inputs.adaptation_text is not None:
         texts = inputs.adaptation_text[: _SIZES.adaptation]

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
 from mtllm_jax.config import MTLLM
+from mtllm_jax.hf.files import is_remote
 from mtllm_jax.recipes import stacking
+from mtllm_jax.recipes.inputs import locate_models, revisions_of
 from mtllm_jax.runfolder import read_json
 from mtllm_jax.schema import resolve
 
@@ -19,15 +20,15 @@ from mtllm_jax.schema import resolve
 class FinishedRun:
     """What a run's folder holds, read when asked for.
 
-    encoder, llm: the model folders that it started from. labels: the task's, in the order of ids.
+    given: the config as it was given. config: the same with the folders of the two models that the
+    run started from, its own ones too. labels: the task's, in the order of ids.
     """
 
     path: epath.Path
+    given: MTLLM
     config: MTLLM
     task: str
     labels: tuple[str, ...]
-    encoder: Path
-    llm: Path
 
     @functools.cached_property
     def results(self) -> dict[str, Any] | None:
@@ -35,15 +36,15 @@ class FinishedRun:
         path = self.path / "results.json"
         return read_json(path) if path.exists() else None
 
-    def load(
-        self, mesh: jax.sharding.Mesh | None = None
-    ) -> tuple[stacking.Parts, stacking.LLMClassifier, stacking.StackClassifier]:
-        """The checkpoints as read, the task's teacher and the student.
+    def load_parts(self, mesh: jax.sharding.Mesh | None = None) -> stacking.Parts:
+        """The models that the run started from. ValueError where they are gone or damaged."""
+        return stacking.load_parts(self.config, self.config.encoder, self.config.llm, mesh)
 
-        ValueError for weights or model folders that are missing or damaged.
-        """
-        parts = stacking.load_parts(self.config, self.encoder, self.llm, mesh)
-        return parts, *stacking.load_trained(self.path, self.config, parts, len(self.labels))
+    def load_trained(
+        self, parts: stacking.Parts
+    ) -> tuple[stacking.LLMClassifier, stacking.StackClassifier]:
+        """The task's teacher and the student. ValueError for weights missing or damaged."""
+        return stacking.load_trained(self.path, self.config, parts, len(self.labels))
 
 
 def open_run(folder: str | os.PathLike[str]) -> FinishedRun:
@@ -61,13 +62,20 @@ def open_run(folder: str | os.PathLike[str]) -> FinishedRun:
             f"{path} is a run that has not finished its training; go on with it by python"
             f" launch/train.py --config={path / 'config.json'} --workdir={path}."
         )
-    about = read_json(path / "model.json")
-    # A folder inside the run is named relative to it, so that the run can be moved.
+    given = resolve(MTLLM, values)
+    about, revisions = read_json(path / "model.json"), revisions_of(path)
+
+    def told(field: str) -> str:
+        """A folder inside the run is named relative to it, so that the run can be moved."""
+        if field in revisions:
+            return getattr(given, field)
+        return about[field] if is_remote(about[field]) else os.fspath(path / about[field])
+
+    models = dataclasses.replace(given, encoder=told("encoder"), llm=told("llm"), translator="")
     return FinishedRun(
         path=path,
-        config=resolve(MTLLM, values),
+        given=given,
+        config=locate_models(models, revisions)[0],
         task=about["task"],
         labels=tuple(about["labels"]),
-        encoder=Path(path / about["encoder"]),
-        llm=Path(path / about["llm"]),
     )

@@ -1,10 +1,13 @@
 """What a run of MT-LLM reads: opened and checked at the door, before anything is written."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+from etils import epath
 from flax import nnx
 
 from mtllm_jax import sharding
@@ -18,39 +21,57 @@ from mtllm_jax.data.tokenise import (
     source_tokenizer,
     translation_tokenizer,
 )
-from mtllm_jax.hf.encoder import check_encoder, has_decoder
+from mtllm_jax.hf.encoder import ENCODERS, TRANSLATORS, check_encoder, has_decoder
+from mtllm_jax.hf.files import local_files
+from mtllm_jax.hf.folder import read_config
 from mtllm_jax.hf.llama import check_llama
+from mtllm_jax.hf.locate import locate
 from mtllm_jax.hf.nllb import check_nllb
 from mtllm_jax.languages import ENGLISH, check_language
 from mtllm_jax.models import lora
 from mtllm_jax.models.bert import BertConfig
-from mtllm_jax.models.llama import Llama, LlamaConfig
+from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
+from mtllm_jax.runfolder import read_json
 from mtllm_jax.tasks.classification import Classification
+
+REVISIONS = "revisions.json"  # in a run folder: {field: commit} of models named on the hub
+
+# The fields that name models, and the model_types that each may be of.
+_MODELS = {"encoder": ENCODERS, "llm": FAMILIES, "translator": TRANSLATORS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The devices, and what the user brought: None where the embedded text is taken."""
+    """The devices, and what the user brought: None where the embedded text is taken.
 
+    config: as given, but folders in the place of names on the Hugging Face hub. revisions: the
+    commits that those names stood for, by field.
+    """
+
+    config: MTLLM
+    revisions: Mapping[str, str]
     mesh: jax.sharding.Mesh
     task: Classification | None
     adaptation_text: Sequence[str] | None
 
 
-def read_inputs(config: MTLLM) -> Inputs:
+def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     """Open all that the config names, the cheapest first.
 
-    Raises ValueError, naming the field and where there is one the file and the line, for whatever
-    would stop a stage later: devices, model folders, tokenizers, languages, rows and texts. Reads
-    no weights and writes nothing.
+    revisions: commits that names on the hub are to stand for, by field, where a run has begun with
+    them; others are looked up. Raises ValueError, naming the field and where there is one the file
+    and the line, for whatever would stop a stage later: devices, models, tokenizers, languages,
+    rows and texts. Reads no weights and, but for what is fetched from the hub, writes nothing.
     """
     _check_sources(config)
+    locate_models(config, revisions, weights=False)
     mesh = sharding.make_mesh(config.mesh)
     for where, training in config.stages().items():
         sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows")
     sharding.check_rows(config.evaluation.batch_rows, mesh, "evaluation.batch_rows")
     if config.trained == "lora":
         _check_lora_targets(config)
+    config, revisions = locate_models(config, revisions)
     if config.llm:
         _check_llm(config)
     source = _check_encoder(config) if config.encoder else None
@@ -72,10 +93,40 @@ def read_inputs(config: MTLLM) -> Inputs:
         two_orders = any(isinstance(tokenizer, NllbTokenizer) for tokenizer in tokenizers)
         require(two_orders, "legacy_source_order", True, "False where no tokenizer is NLLB's")
     return Inputs(
+        config=config,
+        revisions=revisions,
         mesh=mesh,
         task=task,
         adaptation_text=_read_adaptation_text(config) if config.adaptation_text else None,
     )
+
+
+def revisions_of(run: str | os.PathLike[str]) -> dict[str, str]:
+    """The commits that an earlier start of a run found behind names on the hub, by field."""
+    path = epath.Path(run) / REVISIONS
+    return read_json(path) if path.exists() else {}
+
+
+def locate_models(
+    config: MTLLM, revisions: Mapping[str, str], *, weights: bool = True
+) -> tuple[MTLLM, dict[str, str]]:
+    """The config with a folder for each model that it names, and the commits of those on the hub.
+
+    weights: False fetches what describes the models alone; also checks that they are of a family
+    that is read here, which is known before any weights are fetched. ValueError names the field.
+    """
+    folders: dict[str, Any] = {}
+    found: dict[str, str] = {}
+    for field, families in _MODELS.items():
+        if not (name := getattr(config, field)):
+            continue
+        with naming(field):
+            checkpoint = locate(name, revisions.get(field), weights=weights)
+            folders[field] = os.fspath(checkpoint.folder)
+            read_config(folders[field], families)
+        if checkpoint.revision is not None:
+            found[field] = checkpoint.revision
+    return dataclasses.replace(config, **folders), found
 
 
 def read_task(config: MTLLM, readable: Sequence[str]) -> Classification:
@@ -181,7 +232,8 @@ def _check_lora_targets(config: MTLLM) -> None:
 def _check_llm(config: MTLLM) -> None:
     with naming("llm"):
         sizes = check_llama(config.llm)
-        _check_vocabulary(config.llm, TargetTokenizer(config.llm).vocab_size, sizes.vocab_size)
+        tokenizer = TargetTokenizer(local_files(config.llm))
+        _check_vocabulary(config.llm, tokenizer.vocab_size, sizes.vocab_size)
 
 
 def _check_encoder(config: MTLLM) -> SourceTokenizer:
@@ -189,7 +241,7 @@ def _check_encoder(config: MTLLM) -> SourceTokenizer:
     with naming("encoder"):
         sizes = check_encoder(config.encoder)
         read = translation_tokenizer if has_decoder(config.encoder) else source_tokenizer
-        tokenizer = read(config.encoder)
+        tokenizer = read(local_files(config.encoder))
         _check_vocabulary(config.encoder, tokenizer.vocab_size, sizes.vocab_size)
     with naming("english"):
         check_language(config.english, tokenizer.languages)
@@ -215,7 +267,7 @@ def _check_translator(config: MTLLM, languages: Iterable[str]) -> SourceTokenize
     """`languages` are those that are evaluated. Returns the translator's tokenizer."""
     with naming("translator"):
         sizes = check_nllb(config.translator)
-        tokenizer = translation_tokenizer(config.translator)
+        tokenizer = translation_tokenizer(local_files(config.translator))
         _check_vocabulary(config.translator, tokenizer.vocab_size, sizes.vocab_size)
         for code in (config.english, *languages):
             tokenizer.language_id(code)

@@ -13,7 +13,7 @@ from mtllm_jax.config import MTLLM
 from mtllm_jax.evaluation import evaluate
 from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.recipes.dry_run import dry_run
-from mtllm_jax.recipes.inputs import Inputs, idle_fields, read_inputs
+from mtllm_jax.recipes.inputs import REVISIONS, Inputs, idle_fields, read_inputs, revisions_of
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.recipes.systems import build_systems, train
 from mtllm_jax.report import write_report
@@ -22,7 +22,7 @@ from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.schema import to_dict
 from mtllm_jax.tasks.classification import Classification
 
-__all__ = ["dry_run", "idle_fields", "read_inputs", "run"]
+__all__ = ["dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
 
 TRAINED_STAGES = {
     "mini_nllb": "mini NLLB",
@@ -35,8 +35,13 @@ TRAINED_STAGES = {
 
 
 def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console) -> None:
-    """Every stage, the evaluation, results.json and report.html; finished stages are skipped."""
-    job = Job(config, folder, console, inputs.mesh, config.seed)
+    """Every stage, the evaluation, results.json and report.html; finished stages are skipped.
+
+    config: as given; `inputs` has it with folders for what it names on the hub.
+    """
+    job = Job(inputs.config, folder, console, inputs.mesh, config.seed)
+    if inputs.revisions:
+        folder.write_json(REVISIONS, inputs.revisions)
     made = train(job, inputs)
     with job.stage("evaluation", "evaluation"):
         scores = evaluate(

@@ -4,7 +4,6 @@ B rows, N texts per row, S encoder positions, T decoder positions, D LLM width, 
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import add_by_example
 from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer, source_tokenizer
 from mtllm_jax.hf.encoder import Encoder, load_encoder
+from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.llama import load_llama
 from mtllm_jax.inference import Forward, Vectors
 from mtllm_jax.models import lora
@@ -47,8 +47,8 @@ class Parts:
 
 def load_parts(
     config: MTLLM,
-    encoder_folder: os.PathLike[str],
-    llm_folder: os.PathLike[str],
+    encoder_folder: str,
+    llm_folder: str,
     mesh: jax.sharding.Mesh | None,
 ) -> Parts:
     """Both models, laid over the devices of `mesh` (None: the first), and tokenizers."""
@@ -59,8 +59,10 @@ def load_parts(
     }
     dtype = jnp.dtype(config.frozen_dtype)
     return Parts(
-        source=source_tokenizer(encoder_folder, legacy_source_order=config.legacy_source_order),
-        target=TargetTokenizer(llm_folder),
+        source=source_tokenizer(
+            local_files(encoder_folder), legacy_source_order=config.legacy_source_order
+        ),
+        target=TargetTokenizer(local_files(llm_folder)),
         encoder=load_encoder(encoder_folder, dtype=dtype, **options),
         llm=load_llama(llm_folder, dtype=dtype, **options),
     )

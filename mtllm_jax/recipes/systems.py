@@ -5,6 +5,7 @@ D width, C classes.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mtllm_jax.data.tokenise import translation_tokenizer
 from mtllm_jax.decode import translate
 from mtllm_jax.evaluation import Predict
 from mtllm_jax.hf.encoder import has_decoder
+from mtllm_jax.hf.files import is_remote, local_files
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.inference import Vectors
 from mtllm_jax.models.layers import Linear
@@ -31,7 +33,7 @@ from mtllm_jax.tasks.classification import Classification, Row
 class Made:
     """What the stages of a run end with."""
 
-    translator_folder: Path | None  # of what translate-test translates with
+    translator_folder: str | None  # of what translate-test translates with
     parts: stacking.Parts
     task: Classification
     english: Sequence[str]  # texts of stage 1
@@ -46,9 +48,9 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     text = functools.cache(lambda: embedded_text(job))
     task = inputs.task or embedded_task(text(), config.evaluation.split)
     english = inputs.adaptation_text or [row["text"] for row in text()["adaptation"]]
-    encoder_folder = Path(config.encoder or mini_models.mini_nllb(job, text()))
-    llm_folder = Path(config.llm or mini_models.mini_llama(job, text()))
-    translator_folder = Path(config.translator) if config.translator else encoder_folder
+    encoder_folder = config.encoder or os.fspath(mini_models.mini_nllb(job, text()))
+    llm_folder = config.llm or os.fspath(mini_models.mini_llama(job, text()))
+    translator_folder = config.translator or encoder_folder
     translates = has_decoder(translator_folder)
     if not translates:
         job.console.print(
@@ -86,16 +88,20 @@ def embedded_text(job: Job[MTLLM]) -> TextDataset:
     return text
 
 
-def describe_model(run: RunFolder, task: Classification, encoder: Path, llm: Path) -> None:
+def describe_model(run: RunFolder, task: Classification, encoder: str, llm: str) -> None:
     """Write model.json: what, beside config.json, it takes to use the run's weights.
 
     Folders inside the run are written relative to it, so that it can be moved.
     """
     inside = Path(run.path).absolute()
-    folders = {
-        name: str(path.relative_to(inside) if path.is_relative_to(inside) else path)
-        for name, path in (("encoder", encoder.absolute()), ("llm", llm.absolute()))
-    }
+
+    def told(folder: str) -> str:
+        if is_remote(folder):
+            return folder
+        path = Path(folder).absolute()
+        return str(path.relative_to(inside) if path.is_relative_to(inside) else path)
+
+    folders = {"encoder": told(encoder), "llm": told(llm)}
     run.write_json("model.json", {"task": task.name, "labels": task.labels, **folders})
 
 
@@ -160,9 +166,10 @@ def build_systems(job: Job[MTLLM], made: Made) -> dict[str, Predict]:
     return systems
 
 
-def translator(config: MTLLM, folder: Path) -> Callable[[Sequence[Row]], list[str]]:
+def translator(config: MTLLM, folder: str) -> Callable[[Sequence[Row]], list[str]]:
     """Rows → their texts in English, translated by a folder's model where they are not in it."""
-    tokenizer = translation_tokenizer(folder, legacy_source_order=config.legacy_source_order)
+    legacy = config.legacy_source_order
+    tokenizer = translation_tokenizer(local_files(folder), legacy_source_order=legacy)
     # Its layers scanned whatever the config says: token by token that is the faster way.
     model = load_nllb(folder)
     limits = config.evaluation
