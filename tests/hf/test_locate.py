@@ -157,7 +157,8 @@ def hub(cache, monkeypatch):
 
 
 SMALL_FILES = [
-    "README.md", "chat_template.jinja", "config.json", "llm_tokenizer/tokenizer.json", "tokenizer.json"
+    "README.md", "chat_template.jinja", "config.json", "llm_tokenizer/tokenizer.json",
+    "tokenizer.json",
 ]  # fmt: skip
 
 
