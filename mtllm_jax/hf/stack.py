@@ -56,6 +56,7 @@ from mtllm_jax.hf.folder import (
 )
 from mtllm_jax.hf.tensors import SHARD_BYTES
 from mtllm_jax.hf.tokenizer_config import readable_config
+from mtllm_jax.languages import ENGLISH
 from mtllm_jax.models import lora as adapters
 from mtllm_jax.models.bert import FAMILIES as BERT_FAMILIES
 from mtllm_jax.models.bert import Bert, BertConfig
@@ -175,8 +176,11 @@ def save_stack(
     what does not go together, or for a tokenizer that lacks one of the languages.
     """
     _check(stack, head, labels, kind, lora)
+    encoder = _encoder_of(stack, max_length)
+    if not languages:
+        raise ValueError("languages are empty; they are the codes of what texts may be in")
     config = StackConfig(
-        encoder=_source_config(stack.encoder),
+        encoder=encoder,
         llm=dataclasses.replace(stack.llm.config, tie_embeddings=True),
         labels=tuple(labels),
         kind=kind,
@@ -192,9 +196,11 @@ def save_stack(
     language_ids = None
     if isinstance(source, tokenise.TranslationTokenizer):
         language_ids = [source.language_id(code) for code in languages]
-    told_first: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if isinstance(source, tokenise.NllbTokenizer):
-        told_first = {"src_lang": languages[0], "legacy_behaviour": False}
+        # A language that it lacks would be <unk> before every text, silently.
+        first = ENGLISH if ENGLISH in languages else languages[0]
+        settings = {"src_lang": first, "legacy_behaviour": False}
     tensors = export_tensors(
         _stored_parts(stack, head),
         _table(config, _Names()),
@@ -205,14 +211,11 @@ def save_stack(
         write_tensors(new, tensors, max_bytes=max_shard_bytes)
         if new is None:
             return
-        written = _to_hf(config) | {
-            "dtype": _common_dtype(tensors),
-            "language_ids": language_ids,
-        }
-        write_json(new / "config.json", dict(sorted(written.items())))
+        told = {"dtype": _common_dtype(tensors), "language_ids": language_ids}
+        write_json(new / "config.json", dict(sorted((_to_hf(config) | told).items())))
         for path in _CODE:
             shutil.copyfile(path, new / path.name)
-        _copy_tokenizer(source_files, new, told_first)
+        _copy_tokenizer(source_files, new, settings)
         (new / LLM_TOKENIZER).mkdir()
         _copy_tokenizer(llm_files, new / LLM_TOKENIZER, {})
         if card is not None:
@@ -239,12 +242,16 @@ def _check(stack: Stack, head: Linear | None, labels: Sequence[str], kind: str, 
             raise ValueError(f"head is {found}{bias}; it must be {wanted} without a bias")
 
 
-def _source_config(encoder: Any) -> NLLBConfig | BertConfig:
+def _encoder_of(stack: Stack, max_length: int) -> NLLBConfig | BertConfig:
+    """The encoder's config, without a decoder."""
+    encoder = stack.encoder
     if isinstance(encoder, NLLB):
         return dataclasses.replace(encoder.config, decoder_layers=0)
-    if isinstance(encoder, Bert):
-        return encoder.config
-    raise ValueError(f"the encoder is a {type(encoder).__name__}; it may be NLLB or Bert")
+    if not isinstance(encoder, Bert):
+        raise ValueError(f"the encoder is a {type(encoder).__name__}; it may be NLLB or Bert")
+    if max_length > (most := encoder.config.max_positions):
+        raise ValueError(f"max_length is {max_length}; the encoder has positions for {most} tokens")
+    return encoder.config
 
 
 def _stored_parts(stack: Stack, head: Linear | None) -> _Parts:
@@ -523,17 +530,13 @@ def _to_fill(
     table = _table(config, names)
     if not has_bias:
         del table["bridge.up.bias"]
-    whole = names.encoder.removesuffix("encoder.")
-    options = {
-        "aliases": {f"{names.encoder}embed_tokens.weight": (f"{whole}shared.weight",)},
+    options: dict[str, Any] = {}
+    if names != _Names():
+        whole = names.encoder.removesuffix("encoder.")
+        options["aliases"] = {f"{names.encoder}embed_tokens.weight": (f"{whole}shared.weight",)}
         # Constants of older files, and what a stack makes no use of.
-        "ignored": (
-            "*.rotary_emb.inv_freq",
-            "*.embed_positions.weights",
-            "*lm_head.weight",
-            f"{whole}decoder.*",
-        ),
-    }
+        constants = ("*.rotary_emb.inv_freq", "*.embed_positions.weights")
+        options["ignored"] = (*constants, "*lm_head.weight", f"{whole}decoder.*")
     return nnx.eval_shape(parts), table, options
 
 

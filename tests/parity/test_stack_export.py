@@ -408,6 +408,7 @@ def test_the_authors_release(case, kind, made, tmp_path):
         ({"kind": CLASSIFY, "head": None}, "kind is 'classification', but there is no head"),
         ({"labels": LABELS}, "labels are .'no', 'yes', 'so so'., but kind is 'none'"),
         ({"languages": ["deu_Latn", "fra_Latn"]}, "language 'fra_Latn' is not one of the 3"),
+        ({"languages": []}, "languages are empty; they are the codes of what texts may be in"),
         ({"encoder_tokenizer_from": "nowhere"}, "nowhere is not a folder"),
         ({"llm_tokenizer_from": "nowhere"}, "nowhere is not a folder"),
     ],
@@ -427,6 +428,8 @@ def test_heads_and_adapters_that_do_not_fit(made, tmp_path):
     bare = dataclasses.replace(ours, stack=load_stack(ours.save(tmp_path / "merged")).stack)
     with pytest.raises(ValueError, match="lora is 'kept', but the LLM has no adapters"):
         bare.save(tmp_path / "out", lora="kept")
+    with pytest.raises(ValueError, match="max_length is 41; the encoder has positions for 40 tok"):
+        made("bert", "llama").save(tmp_path / "out", max_length=41)
     with pytest.raises(ValueError, match="merged exists and is not empty"):
         ours.save(tmp_path / "merged")
     ours.save(tmp_path / "merged", lora="kept", replace=True)

@@ -1,1 +1,4 @@
-"""What an exported stack is loaded with: torch and transformers alone, copied into each folder."""
+"""What an exported stack is loaded with: PyTorch and transformers alone, copied into each folder.
+
+There multiple_choice.py of mtllm_jax/tasks lies beside these files, which import it.
+"""
