@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -106,13 +107,16 @@ def save_llama(
     model: Llama,
     folder: str | os.PathLike,
     tokenizer_files_from: str | os.PathLike | None = None,
+    *,
+    dtype: DTypeLike | None = None,
 ) -> None:
-    """A folder that transformers loads as a causal LM, tensors in the dtype they have here.
+    """A folder that transformers loads as a causal LM.
 
-    LoRA adapters are to be merged before. ValueError if the folder exists and is not empty.
+    dtype: of the tensors; None = that of each parameter. LoRA adapters are to be merged before.
+    ValueError if the folder exists and is not empty.
     """
     config = config_to_hf(model.config)
-    config["dtype"] = str(model.embedding[...].dtype)
+    config["dtype"] = np.dtype(model.embedding[...].dtype if dtype is None else dtype).name
     token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation_config = {"_from_model_config": True} | {
         name: config[name]
@@ -122,7 +126,7 @@ def save_llama(
     write_folder(
         folder,
         dict(sorted(config.items())),
-        export_tensors(model, key_table(model.config)),
+        export_tensors(model, key_table(model.config), dtype=dtype),
         generation_config=generation_config,
         tokenizer_files_from=tokenizer_files_from,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -127,14 +128,19 @@ def save_nllb(
     *,
     tokenizer_files_from: str | os.PathLike | None = None,
     replace: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> None:
-    """A folder that transformers loads, in the dtype of the parameters. See `write_folder`."""
-    config = config_to_hf(model.config) | {"dtype": model.embedding_VE[...].dtype.name}
+    """A folder that transformers loads. See `write_folder`.
+
+    dtype: of the tensors; None = that of each parameter.
+    """
+    written = np.dtype(model.embedding_VE[...].dtype if dtype is None else dtype)
+    config = config_to_hf(model.config) | {"dtype": written.name}
     special = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
     write_folder(
         folder,
         config,
-        export_tensors(model, key_table(model.config)),
+        export_tensors(model, key_table(model.config), dtype=dtype),
         generation_config={name: config[name] for name in special},
         tokenizer_files_from=tokenizer_files_from,
         replace=replace,

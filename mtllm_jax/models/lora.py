@@ -11,6 +11,7 @@ and a module that `attach` was not called on, built from the same weights, is th
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from flax import nnx
 from jax import Array
 
 from mtllm_jax.models.layers import Linear, LoRAParam, param
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 # U(−1/√I, 1/√I): torch's own initialisation of a linear map, which PEFT gives to A. B starts at 0.
 _INIT_A = nnx.initializers.variance_scaling(
@@ -83,6 +86,29 @@ def put(
     linear.lora_b = LoRAParam(lora_b, dims=dims_b)
     linear.lora_scale = scale
     linear.lora_dropout = dropout
+
+
+def joined(base: Module, one: nnx.Module, other: nnx.Module) -> Module:
+    """A copy of `base` with adapters that do what those of `one` and of `other` do together.
+
+    Their factors stand side by side, [I, R + R'] and [R + R', O]. Both are on the same linear maps
+    of modules of the form of `base`.
+    """
+    result = nnx.clone(base)
+    threes = zip(_linears(result), _linears(one), _linears(other), strict=True)
+    for (_, linear), (_, first), (_, second) in threes:
+        if first.lora_a is None or first.lora_b is None:
+            continue
+        assert second.lora_a is not None and second.lora_b is not None
+        share = second.lora_scale / first.lora_scale
+        put(
+            linear,
+            jnp.concatenate([first.lora_a[...], second.lora_a[...]], axis=-1),
+            jnp.concatenate([first.lora_b[...], share * second.lora_b[...]], axis=-2),
+            scale=first.lora_scale,
+            dropout=second.lora_dropout,
+        )
+    return result
 
 
 def _dims(linear: Linear) -> tuple[tuple[str, ...], tuple[str, ...]]:

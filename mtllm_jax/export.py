@@ -1,0 +1,112 @@
+"""A finished run as a Hugging Face folder: the stack, its adapter, or a model it started from."""
+
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from mtllm_jax.card import model_card
+from mtllm_jax.hf.llama import save_llama
+from mtllm_jax.hf.nllb import check_nllb, load_nllb, save_nllb
+from mtllm_jax.hf.peft import difference_as_lora, save_peft
+from mtllm_jax.hf.stack import save_stack
+from mtllm_jax.metrics import Console
+from mtllm_jax.models import lora
+from mtllm_jax.recipes.finished import FinishedRun, open_run
+
+
+def export(
+    run_folder: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    format: str,
+    *,
+    adapters: str,
+    rank: int | None,
+    dtype: str | None,
+    console: Console,
+) -> None:
+    """Write the folder `to`, whole or not at all, and say how it is loaded.
+
+    format: "hf" (the stack with its head), "peft" (what the student's LLM learnt, as an adapter
+    of the LLM it started from), "llama" or "nllb" (that LLM, that MT model). adapters, of "hf":
+    LoRA "merged" into the weights or "kept". rank, of "peft" where all layers were trained; None
+    = full. dtype: of the tensors written; None = as in the run. ValueError for what does not fit
+    the run, before any weight is read.
+    """
+    folder = Path(to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--to={to} exists and is not empty; choose another folder.")
+    run = open_run(run_folder)
+    if run.config.trained == "all" and adapters == "kept":
+        raise ValueError(f"--adapters is 'kept', but {run.path} trained all layers and has none.")
+    if run.config.trained == "lora" and rank is not None:
+        raise ValueError(
+            f"--rank is {rank}, but {run.path} trained adapters, which are written as they are."
+        )
+    if rank is not None and rank < 1:
+        raise ValueError(f"--rank is {rank}; it must be at least 1.")
+    if format == "nllb":
+        check_nllb(run.config.encoder)
+    with console.stage(f"{format}: {run.path} → {folder}"):
+        match format:
+            case "hf":
+                how = _stack(run, folder, adapters, dtype)
+            case "peft":
+                how = _adapter(run, folder, rank, dtype)
+            case "llama":
+                how = _llm(run, folder, dtype)
+            case "nllb":
+                how = _mt_model(run, folder, dtype)
+            case _:
+                raise ValueError(f"--format is {format!r}; it may be hf, peft, llama or nllb.")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    console.print(f"{folder}: {size / 1e6:.1f} MB. Load it with")
+    console.print(f"  {how}")
+
+
+def _stack(run: FinishedRun, folder: Path, adapters: str, dtype: str | None) -> str:
+    parts = run.load_parts()
+    _, student = run.load_trained(parts)
+    save_stack(
+        folder,
+        student.stack,
+        head=student.head,
+        labels=run.labels,
+        kind="classification",
+        bidirectional=run.config.bidirectional,
+        max_length=run.config.evaluation.max_length,
+        languages=parts.source.languages,
+        encoder_tokenizer_from=run.config.encoder,
+        llm_tokenizer_from=run.config.llm,
+        legacy_source_order=run.config.legacy_source_order,
+        lora=adapters,
+        card=model_card(run, parts.source.languages),
+        dtype=dtype,
+    )
+    auto = "transformers.AutoModelForSequenceClassification"
+    return f"{auto}.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+
+
+def _adapter(run: FinishedRun, folder: Path, rank: int | None, dtype: str | None) -> str:
+    parts = run.load_parts()
+    teacher, student = run.load_trained(parts)
+    tuned, lost = student.stack.llm, 0.0
+    if run.config.trained == "all":
+        tuned, lost = difference_as_lora(parts.llm, tuned, rank)
+    elif run.config.distillation.start == "stage1+teacher":
+        tuned = lora.joined(parts.llm, teacher.llm, tuned)
+    base = run.given.llm or run.config.llm
+    save_peft(folder, parts.llm, tuned, base_name=base, dtype=dtype)
+    note = f"; rank {rank} leaves out up to {lost:.1%} of a map's change" if lost else ""
+    return f"peft.PeftModel.from_pretrained(LLM, {str(folder)!r})  # LLM: {base}{note}"
+
+
+def _llm(run: FinishedRun, folder: Path, dtype: str | None) -> str:
+    save_llama(run.load_parts().llm, folder, tokenizer_files_from=run.config.llm, dtype=dtype)
+    return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+
+
+def _mt_model(run: FinishedRun, folder: Path, dtype: str | None) -> str:
+    model = load_nllb(run.config.encoder, dtype=jnp.dtype(run.config.frozen_dtype))
+    save_nllb(model, folder, tokenizer_files_from=run.config.encoder, dtype=dtype)
+    return f"transformers.AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})"
