@@ -28,7 +28,7 @@ def test_tokens_of_one_character(context, question, choices):
 
 
 def test_tokens_that_reach_beyond_a_choice():
-    """ " he\\n" belongs to it; special tokens, which stand nowhere, belong to none."""
+    """Spaces and line ends may be in a choice's token; special tokens stand nowhere."""
     _, spans = choice_text("A", "B", ("he", "we"))
     assert spans == [(6, 8), (11, 13)]
     offsets = [(0, 0), (0, 3), (3, 5), (5, 9), (9, 10), (10, 12), (12, 13), (0, 0)]

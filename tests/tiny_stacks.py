@@ -5,10 +5,12 @@ B texts, S positions, D LLM width.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny
 import tiny_folders
@@ -109,15 +111,14 @@ class Made:
 def make_stack(tokenizers: Path, encoder: str, family: str) -> Made:
     """A stack on an encoder whose tokenizer is in the sub-folder of its name."""
     size = source_tokenizer(tokenizers / encoder).vocab_size
-    rngs = tiny.rngs()
-    source = {
-        "nllb": lambda: NLLB(NLLBConfig(size, 16, 2, 1, 2, 2, 24, 24), rngs),
-        "m2m100": lambda: NLLB(NLLBConfig(size, 16, 1, 0, 2, 2, 24, 24), rngs),
-        "bert": lambda: Bert(BertConfig(size, 16, 1, 2, 24, 40), rngs),
-        "xlmr": lambda: Bert(
-            BertConfig(size, 16, 1, 2, 24, 40, pad_id=1, family="xlm-roberta"), rngs
-        ),
-    }[encoder]()
+    bert = {"vocab_size": size, "width": 16, "num_layers": 1, "num_heads": 2, "ffn": 24}
+    sources = {
+        "nllb": NLLBConfig(size, 16, 2, 1, 2, 2, 24, 24),
+        "m2m100": NLLBConfig(size, 16, 1, 0, 2, 2, 24, 24),
+        "bert": BertConfig(**bert, num_positions=40),
+        "xlmr": BertConfig(**bert, num_positions=40, pad_id=1, family="xlm-roberta"),
+    }
+    source = sources[encoder]
     config = LlamaConfig(
         vocab_size=TargetTokenizer(tokenizers / "llm").vocab_size,
         width=WIDTH,
@@ -129,12 +130,29 @@ def make_stack(tokenizers: Path, encoder: str, family: str) -> Made:
         family=family,
         **LLMS[family],
     )
-    llm = Llama(config, rngs)
-    for rank, targets in ((4, ("q", "down")), (2, ("v",))):
-        lora.attach(llm, rank=rank, alpha=6, dropout=0.1, targets=targets, rngs=rngs)
-    stack = tiny.randomised(Stack(source, Bridge(16, WIDTH, 1.0, rngs), llm), 1)
-    heads = {
-        CLASSIFY: tiny.randomised(classification_head(WIDTH, len(LABELS), rngs), 2),
-        CHOOSE: tiny.randomised(classification_head(WIDTH, 1, rngs), 3),
-    }
-    return Made(stack, heads, tokenizers, encoder)
+
+    def stack() -> Stack:
+        rngs = tiny.rngs()
+        llm = Llama(config, rngs)
+        for rank, targets in ((4, ("q", "down")), (2, ("v",))):
+            lora.attach(llm, rank=rank, alpha=6, dropout=0.1, targets=targets, rngs=rngs)
+        module = NLLB if isinstance(source, NLLBConfig) else Bert
+        return Stack(module(source, rngs), Bridge(16, WIDTH, 1.0, rngs), llm)
+
+    def head(size: int) -> Any:
+        return _filled(lambda: classification_head(WIDTH, size, tiny.rngs()))
+
+    heads = {CLASSIFY: head(len(LABELS)), CHOOSE: head(1)}
+    return Made(_filled(stack), heads, tokenizers, encoder)
+
+
+def _filled(make: Callable[[], Any]) -> Any:
+    """A module with random weights, norms and biases too, that nothing is compiled for."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(1)
+    flat = []
+    for keys, value in nnx.to_flat_state(state):
+        std = 0.1 if "norm" in str(keys) or keys[-1] == "bias" else value.shape[-2] ** -0.5
+        array = rng.normal(keys[-1] == "scale", std, value.shape)
+        flat.append((keys, value.replace(jnp.asarray(array, jnp.float32))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
