@@ -92,6 +92,7 @@ def next_steps(run_folder: Path) -> list[tuple[str, str]]:
         ("report", f"{run_folder}/report.html"),
         ("answers", f"{run_folder}/predictions/*.jsonl"),
         ("in Python", f"mtllm_jax.load('{run_folder}').encode(['Kenia'], 'deu_Latn')"),
+        ("to torch", f"python launch/export.py --workdir={run_folder} --to=DIR"),
         ("own LLM", f"{train}configs/mtllm.py --workdir=NEW --config.llm=DIR"),
         ("own encoder", f"{train}configs/mtllm.py --workdir=NEW --config.encoder=DIR"),
         ("other seed", f"{train}configs/mtllm.py --workdir=NEW --config.seed=1"),
