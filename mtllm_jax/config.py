@@ -170,6 +170,7 @@ class LoRA:
     alpha: float
     dropout: float
     targets: tuple[str, ...]  # names of the linears, or ("all",)
+    start: str = ""  # PEFT folder that the student's adapter begins as, of these sizes; "" = afresh
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,7 @@ class MTLLM:
     remat: Literal["none", "full", "dots"]  # what the backward pass recomputes
     # Folder of the NLLB model that translate-test translates with; "" = the encoder, where it can.
     translator: str = ""
+    llm_adapters: tuple[str, ...] = ()  # PEFT folders, merged into the LLM in turn as it is read
     legacy_source_order: bool = False  # NLLB's sources as transformers had them before April 2023
 
     def __post_init__(self) -> None:

@@ -5,11 +5,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 import reduced
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
+import mtllm_jax
 from mtllm_jax.cli import load_config
 from mtllm_jax.config import MTLLM
+from mtllm_jax.hf.llama import load_llama
+from mtllm_jax.hf.peft import save_peft
+from mtllm_jax.models import lora
+from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.dry_run import first_of_each
 from mtllm_jax.recipes.inputs import idle_fields, read_inputs
 from mtllm_jax.schema import resolve
@@ -152,8 +163,6 @@ def test_tokenizers_that_cannot_be_read(tmp_path, own):
 
 
 def test_weights_of_a_dtype_that_is_not_read(tmp_path, own):
-    from safetensors.numpy import load_file, save_file
-
     folder = copy(Path(own["llm"]), tmp_path / "copy", without="model.safetensors")
     tensors = load_file(Path(own["llm"]) / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype("int8")
@@ -164,8 +173,6 @@ def test_weights_of_a_dtype_that_is_not_read(tmp_path, own):
 def test_an_encoder_whose_decoder_is_missing_is_refused_though_only_the_last_stage_reads_it(
     tmp_path, own
 ):
-    from safetensors.numpy import load_file, save_file
-
     folder = copy(Path(own["encoder"]), tmp_path / "copy", without="model.safetensors")
     tensors = load_file(Path(own["encoder"]) / "model.safetensors")
     save_file(
@@ -302,6 +309,125 @@ def test_unknown_languages_are_named_with_their_field():
     for field, value in (("languages", ["deu_Latn", "german"]), ("english", "english")):
         with pytest.raises(ValueError, match=rf"^config\.{field}: .* the nearest are \w+, \w+, "):
             config({field: value})
+
+
+# ---------------------------------------------------------------- adapters of the LLM
+
+
+def adapter(folder: Path, llm: str, *, seed: int = 0, rank: int = 4, alpha: float = 8.0) -> str:
+    """A folder with a random adapter for the maps q and v of a model."""
+    base = load_llama(llm)
+    tuned, rng = nnx.clone(base), np.random.default_rng(seed)
+    attach = {"rank": rank, "alpha": alpha, "dropout": 0.1, "targets": ("q", "v")}
+    lora.attach(tuned, **attach, rngs=nnx.Rngs(jax.random.key(seed, impl="rbg")))
+    for linear in (tuned.layers.q, tuned.layers.v):
+        b_LRO = rng.normal(size=linear.lora_b.shape)
+        linear.lora_b.set_value(jnp.asarray(b_LRO, jnp.float32))
+    save_peft(folder, base, tuned, base_name=llm)
+    return str(folder)
+
+
+@pytest.fixture
+def started(own, tmp_path) -> dict[str, Any]:
+    """The fields of a run whose student's adapter begins as one of the user's."""
+    start = adapter(tmp_path / "start", own["llm"])
+    sizes = {"lora.rank": 4, "lora.alpha": 8, "lora.targets": ["q", "v"], "trained": "lora"}
+    return own | sizes | {"lora.start": start}
+
+
+def test_adapters_that_do_not_fit_the_llm(tmp_path, own):
+    message = refusal(own | {"llm_adapters": [str(tmp_path / "none")]})
+    assert message.startswith("config.llm_adapters: ") and "none is not a folder" in message
+    message = refusal(own | {"llm_adapters": [own["llm"]]})
+    assert message.startswith(f"config.llm_adapters: {own['llm']} has no adapter_config.json")
+    folder = adapter(tmp_path / "adapter", own["llm"])
+    path = Path(folder) / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    for changes, words in (
+        ({"r": 5}, "of another shape: base_model.model.model.layers.0.self_attn.q_proj.lora_A"),
+        ({"use_dora": True}, "adapter_config.json: use_dora is True"),
+    ):
+        path.write_text(json.dumps(settings | changes))
+        message = refusal(own | {"llm_adapters": [folder]})
+        assert message.startswith(f"config.llm_adapters: {folder}") and words in message
+    message = refusal({"llm_adapters": [folder]})
+    assert message == (
+        f"config.llm_adapters is ('{folder}',); it must be empty where config.llm names no LLM."
+    )
+
+
+def test_the_adapter_that_the_student_starts_from_has_the_configs_sizes(tmp_path, started):
+    read_inputs(config(started))
+    for changes, words in (
+        ({"lora.rank": 8}, "has rank 4 for q, and config.lora.rank is 8; they must be the same."),
+        (
+            {"lora.alpha": 4},
+            "has alpha 8 for q, and config.lora.alpha is 4; they must be the same.",
+        ),
+        (
+            {"lora.targets": ["q", "o"]},
+            "has the targets q, v, by config.lora.targets they are o, q; they must be the same.",
+        ),
+        ({"lora.start": "nowhere"}, "nowhere is not a folder"),
+    ):
+        message = refusal(started | changes)
+        assert message.startswith("config.lora.start: ") and words in message
+    everything = config(started | {"trained": "all", "lora.start": "nowhere"})
+    read_inputs(everything)
+    assert idle_fields(everything, ["lora.start"]) == (
+        "without effect here: config.lora.start (config.trained is 'all')."
+    )
+
+
+def test_adapters_are_merged_into_the_llm_in_their_order(tmp_path, own):
+    folders = [adapter(tmp_path / f"{i}", own["llm"], seed=i, alpha=4.0 + i) for i in range(2)]
+    settings = config(own | {"llm_adapters": folders, "frozen_dtype": "bfloat16"})
+    merged = stacking.load_parts(settings, own["encoder"], own["llm"], None).llm
+    base = load_llama(own["llm"], jnp.bfloat16)
+    kernel_LIO = np.asarray(base.layers.v.kernel[...], np.float32)
+    for i, folder in enumerate(folders):
+        tensors = load_file(f"{folder}/adapter_model.safetensors")
+        stem = "base_model.model.model.layers.0.self_attn.v_proj.lora_"
+        update_IO = (tensors[f"{stem}B.weight"] @ tensors[f"{stem}A.weight"]).T
+        # Rounded after each, as two merges of a model in bfloat16 are.
+        kernel_LIO = np.asarray(kernel_LIO + (4 + i) / 4 * update_IO, ml_dtypes.bfloat16)
+        kernel_LIO = kernel_LIO.astype(np.float32)
+    np.testing.assert_array_equal(merged.layers.v.kernel[...].astype(jnp.float32), kernel_LIO)
+    np.testing.assert_array_equal(merged.layers.up.kernel[...], base.layers.up.kernel[...])
+
+
+def test_the_student_starts_from_an_adapter_and_the_teacher_afresh(started):
+    settings = config(started)
+    parts = stacking.load_parts(settings, started["encoder"], started["llm"], None)
+    stack = stacking.build_stack(settings, parts, 0, settings.lora.start)
+    query = stack.llm.layers.q
+    tensors = load_file(f"{started['lora.start']}/adapter_model.safetensors")
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    np.testing.assert_array_equal(query.lora_a[...][0], tensors[f"{stem}A.weight"].T)
+    np.testing.assert_array_equal(query.lora_b[...][0], tensors[f"{stem}B.weight"].T)
+    fresh = stacking.build_stack(settings, parts, 0)
+    assert nnx.graphdef(stack) == nnx.graphdef(fresh) and not np.any(fresh.llm.layers.q.lora_b[...])
+    teacher = stacking.new_teacher(settings, parts, 2, 0)
+    assert not np.any(teacher.llm.layers.q.lora_b[...])
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_is_opened_from_anywhere(tmp_path, own, started, monkeypatch):
+    adapter(tmp_path / "merged", own["llm"], seed=1)
+    fields = started | {"llm_adapters": "merged", "lora.start": "start", "lora.targets": "q,v"}
+    arguments = (*reduced.ARGUMENTS, *reduced.flags(fields))
+    done = reduced.train(*arguments, "--workdir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    about = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert about["llm_adapters"] == [str(tmp_path / "merged")]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "start").rename(tmp_path / "gone")
+    model = mtllm_jax.load(tmp_path / "run")
+    lines = (tmp_path / "run" / "predictions" / "mt_llm.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    answers = model.classify([row["text"] for row in rows], [row["language"] for row in rows])
+    assert [next(iter(answer)) for answer in answers] == [row["prediction"] for row in rows]
 
 
 # ---------------------------------------------------------------- what has no effect

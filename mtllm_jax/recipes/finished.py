@@ -11,7 +11,7 @@ from etils import epath
 from mtllm_jax.config import MTLLM
 from mtllm_jax.hf.files import is_remote
 from mtllm_jax.recipes import stacking
-from mtllm_jax.recipes.inputs import locate_models, revisions_of
+from mtllm_jax.recipes.inputs import adapter_key, locate_models, revisions_of
 from mtllm_jax.runfolder import read_json
 from mtllm_jax.schema import resolve
 
@@ -20,8 +20,9 @@ from mtllm_jax.schema import resolve
 class FinishedRun:
     """What a run's folder holds, read when asked for.
 
-    given: the config as it was given. config: the same with the folders of the two models that the
-    run started from, its own ones too. labels: the task's, in the order of ids.
+    given: the config as it was given. config: the same with the folders of the two models and the
+    LLM's adapters that the run started from, its own ones too. labels: the task's, in the order of
+    ids.
     """
 
     path: epath.Path
@@ -65,13 +66,21 @@ def open_run(folder: str | os.PathLike[str]) -> FinishedRun:
     given = resolve(MTLLM, values)
     about, revisions = read_json(path / "model.json"), revisions_of(path)
 
-    def told(field: str) -> str:
+    def told(field: str, name: str, folder: str) -> str:
         """A folder inside the run is named relative to it, so that the run can be moved."""
         if field in revisions:
-            return getattr(given, field)
-        return about[field] if is_remote(about[field]) else os.fspath(path / about[field])
+            return name
+        return folder if is_remote(folder) else os.fspath(path / folder)
 
-    models = dataclasses.replace(given, encoder=told("encoder"), llm=told("llm"), translator="")
+    adapters = zip(given.llm_adapters, about["llm_adapters"], strict=True)
+    models = dataclasses.replace(
+        given,
+        encoder=told("encoder", given.encoder, about["encoder"]),
+        llm=told("llm", given.llm, about["llm"]),
+        llm_adapters=tuple(told(adapter_key(i), *pair) for i, pair in enumerate(adapters)),
+        lora=dataclasses.replace(given.lora, start=""),  # it has been trained since
+        translator="",
+    )
     return FinishedRun(
         path=path,
         given=given,

@@ -1,6 +1,7 @@
 """What a run of MT-LLM reads: opened and checked at the door, before anything is written."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,11 @@ from mtllm_jax.hf.folder import read_config
 from mtllm_jax.hf.llama import check_llama
 from mtllm_jax.hf.locate import locate
 from mtllm_jax.hf.nllb import check_nllb
+from mtllm_jax.hf.peft import check_peft
 from mtllm_jax.languages import ENGLISH, check_language
 from mtllm_jax.models import lora
 from mtllm_jax.models.bert import BertConfig
+from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
 from mtllm_jax.runfolder import read_json
 from mtllm_jax.tasks.classification import Classification
@@ -110,23 +113,40 @@ def revisions_of(run: str | os.PathLike[str]) -> dict[str, str]:
 def locate_models(
     config: MTLLM, revisions: Mapping[str, str], *, weights: bool = True
 ) -> tuple[MTLLM, dict[str, str]]:
-    """The config with a folder for each model that it names, and the commits of those on the hub.
+    """The config with a folder for each model and adapter that it names, and the commits of those
+    on the hub.
 
     weights: False fetches what describes the models alone; also checks that they are of a family
     that is read here, which is known before any weights are fetched. ValueError names the field.
     """
     folders: dict[str, Any] = {}
     found: dict[str, str] = {}
-    for field, families in _MODELS.items():
-        if not (name := getattr(config, field)):
-            continue
-        with naming(field):
-            checkpoint = locate(name, revisions.get(field), weights=weights)
-            folders[field] = os.fspath(checkpoint.folder)
-            read_config(folders[field], families)
+
+    def folder_of(name: str, key: str) -> str:
+        checkpoint = locate(name, revisions.get(key), weights=weights)
         if checkpoint.revision is not None:
-            found[field] = checkpoint.revision
+            found[key] = checkpoint.revision
+        return os.fspath(checkpoint.folder)
+
+    for field, families in _MODELS.items():
+        if name := getattr(config, field):
+            with naming(field):
+                folders[field] = folder_of(name, field)
+                read_config(folders[field], families)
+    with naming("llm_adapters"):
+        folders["llm_adapters"] = tuple(
+            folder_of(name, adapter_key(i)) for i, name in enumerate(config.llm_adapters)
+        )
+    if config.trained == "lora" and config.lora.start:
+        with naming("lora.start"):
+            start = folder_of(config.lora.start, "lora.start")
+        folders["lora"] = dataclasses.replace(config.lora, start=start)
     return dataclasses.replace(config, **folders), found
+
+
+def adapter_key(i: int) -> str:
+    """What adapter number `i` of the LLM is called among the revisions of a run."""
+    return f"llm_adapters.{i}"
 
 
 def read_task(config: MTLLM, readable: Sequence[str]) -> Classification:
@@ -176,7 +196,7 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
     else:
         reasons["task.name"] = "config.task.train is not given"
     if config.trained == "all":
-        reasons["lora.targets"] = "config.trained is 'all'"
+        reasons |= dict.fromkeys(("lora.targets", "lora.start"), "config.trained is 'all'")
     found: dict[str, list[str]] = {}
     for name in given:
         for idle, reason in reasons.items():
@@ -199,6 +219,9 @@ def _check_sources(config: MTLLM) -> None:
                 f"config.{field} is ''; the settings {config.name} are for real models and data,"
                 f" so it must name {what}."
             )
+    start = config.lora.start if config.trained == "lora" else ""
+    for field, value in (("llm_adapters", config.llm_adapters), ("lora.start", start)):
+        require(not value or bool(config.llm), field, value, "empty where config.llm names no LLM")
     if config.uses_embedded_text():
         if config.text is None:
             raise ValueError(
@@ -211,22 +234,24 @@ def _check_sources(config: MTLLM) -> None:
             )
 
 
-def _check_lora_targets(config: MTLLM) -> None:
+def _check_lora_targets(config: MTLLM) -> set[str]:
+    """Returns the names of the linear maps that they are."""
     # Names do not depend on sizes, so the smallest model answers for all.
     smallest = LlamaConfig(4, 4, 1, 1, 1, 4, 4)
 
-    def attach() -> None:
-        lora.attach(
-            Llama(smallest, nnx.Rngs(0)),
-            rank=1,
-            alpha=1,
-            dropout=0,
-            targets=config.lora.targets,
-            rngs=nnx.Rngs(0),
-        )
+    def attached() -> Llama:
+        llm = Llama(smallest, nnx.Rngs(0))
+        targets = config.lora.targets
+        lora.attach(llm, rank=1, alpha=1, dropout=0, targets=targets, rngs=nnx.Rngs(0))
+        return llm
 
     with naming("lora.targets"):
-        nnx.eval_shape(attach)
+        llm = nnx.eval_shape(attached)
+    return {
+        str(path[-1])
+        for path, node in nnx.iter_graph(llm)
+        if isinstance(node, Linear) and node.lora_a is not None
+    }
 
 
 def _check_llm(config: MTLLM) -> None:
@@ -234,6 +259,31 @@ def _check_llm(config: MTLLM) -> None:
         sizes = check_llama(config.llm)
         tokenizer = TargetTokenizer(local_files(config.llm))
         _check_vocabulary(config.llm, tokenizer.vocab_size, sizes.vocab_size)
+    with naming("llm_adapters"):
+        for folder in config.llm_adapters:
+            check_peft(folder, sizes)
+    if config.trained == "lora" and config.lora.start:
+        with naming("lora.start"):
+            _check_start(config, sizes)
+
+
+def _check_start(config: MTLLM, sizes: LlamaConfig) -> None:
+    """What the student's adapter begins as has the sizes of those that are made afresh."""
+    folder, ours, targets = config.lora.start, config.lora, _check_lora_targets(config)
+    adapter = check_peft(folder, sizes, to_be_kept=True)
+    if adapter.factors.keys() != targets:
+        raise ValueError(
+            f"{folder} has the targets {', '.join(sorted(adapter.factors))}, by config.lora.targets"
+            f" they are {', '.join(sorted(targets))}; they must be the same"
+        )
+    for name in adapter.factors:
+        ((rank, alpha),) = adapter.sizes(name)
+        for field, theirs, own in (("rank", rank, ours.rank), ("alpha", alpha, ours.alpha)):
+            if not math.isclose(theirs, own):
+                raise ValueError(
+                    f"{folder} has {field} {theirs:g} for {name}, and config.lora.{field} is"
+                    f" {own:g}; they must be the same"
+                )
 
 
 def _check_encoder(config: MTLLM) -> SourceTokenizer:

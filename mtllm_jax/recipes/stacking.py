@@ -23,6 +23,7 @@ from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer, source_tok
 from mtllm_jax.hf.encoder import Encoder, load_encoder
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.llama import load_llama
+from mtllm_jax.hf.peft import attach_peft, merge_peft
 from mtllm_jax.inference import Forward, Vectors
 from mtllm_jax.models import lora
 from mtllm_jax.models.bridge import Bridge
@@ -51,20 +52,26 @@ def load_parts(
     llm_folder: str,
     mesh: jax.sharding.Mesh | None,
 ) -> Parts:
-    """Both models, laid over the devices of `mesh` (None: the first), and tokenizers."""
+    """Both models, laid over the devices of `mesh` (None: the first), and tokenizers.
+
+    The LLM has the config's adapters merged into it.
+    """
     options: dict[str, Any] = {
         "mesh": mesh,
         "remat": config.remat,
         "unroll_layers": config.unroll_layers,
     }
     dtype = jnp.dtype(config.frozen_dtype)
+    llm = load_llama(llm_folder, dtype=dtype, **options)
+    for adapter in config.llm_adapters:
+        merge_peft(llm, adapter)
     return Parts(
         source=source_tokenizer(
             local_files(encoder_folder), legacy_source_order=config.legacy_source_order
         ),
         target=TargetTokenizer(local_files(llm_folder)),
         encoder=load_encoder(encoder_folder, dtype=dtype, **options),
-        llm=load_llama(llm_folder, dtype=dtype, **options),
+        llm=llm,
     )
 
 
@@ -86,9 +93,15 @@ def is_trained(config: MTLLM) -> Any:
     )
 
 
-def with_adapters(config: MTLLM, llm: Llama, seed: int) -> Llama:
-    """A copy of the LLM that can learn: with fresh LoRA factors, or in float32 where all learns."""
+def with_adapters(config: MTLLM, llm: Llama, seed: int, start: str = "") -> Llama:
+    """A copy of the LLM that can learn: with LoRA factors, or in float32 where all learns.
+
+    start: the PEFT folder that the factors are taken from; "" = fresh ones.
+    """
     llm = copy(llm)
+    if config.trained == "lora" and start:
+        attach_peft(llm, start, rngs=nnx.Rngs(seed), dropout=config.lora.dropout)
+        return llm
     if config.trained == "lora":
         _attach(config, llm, config.lora.targets, seed)
         return llm
@@ -107,12 +120,13 @@ def _attach(config: MTLLM, module: nnx.Module, targets: Sequence[str], seed: int
     )
 
 
-def build_stack(config: MTLLM, parts: Parts, seed: int) -> Stack:
-    """encoder → a fresh bridge → the LLM with what it may learn."""
+def build_stack(config: MTLLM, parts: Parts, seed: int, start: str = "") -> Stack:
+    """encoder → a fresh bridge → the LLM with what it may learn. start: as in `with_adapters`."""
     embedding_VD = parts.llm.embedding[...].astype(jnp.float32)
     scale = float(jnp.sqrt(jnp.mean(jnp.square(embedding_VD))))
     bridge = Bridge(parts.encoder.config.width, parts.llm.config.width, scale, nnx.Rngs(seed))
-    return Stack(copy(parts.encoder), bridge, with_adapters(config, parts.llm, seed + 1))
+    llm = with_adapters(config, parts.llm, seed + 1, start)
+    return Stack(copy(parts.encoder), bridge, llm)
 
 
 # ---------------------------------------------------------------- stage 1: general adaptation
@@ -181,7 +195,7 @@ def general_adaptation(job: Job[MTLLM], parts: Parts, english: Sequence[str]) ->
     """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained."""
     config, seed = job.config, job.stage_seed("adaptation")
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
-        stack = build_stack(config, parts, seed)
+        stack = build_stack(config, parts, seed, config.lora.start)
         graph, trainable, frozen = split(stack, is_trained(config))
         teacher_graph, teacher = nnx.split(parts.llm)
         return fit(

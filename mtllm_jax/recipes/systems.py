@@ -57,7 +57,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
             "Translate-test is left out: config.encoder cannot translate, and config.translator,"
             " which names an NLLB model that can, is empty."
         )
-    describe_model(job.run, task, encoder_folder, llm_folder)
+    describe_model(job.run, task, encoder_folder, llm_folder, config.llm_adapters)
     parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh)
     adapted = stacking.general_adaptation(job, parts, english)
     teacher = stacking.task_teacher(job, parts, task)
@@ -88,7 +88,9 @@ def embedded_text(job: Job[MTLLM]) -> TextDataset:
     return text
 
 
-def describe_model(run: RunFolder, task: Classification, encoder: str, llm: str) -> None:
+def describe_model(
+    run: RunFolder, task: Classification, encoder: str, llm: str, llm_adapters: Sequence[str]
+) -> None:
     """Write model.json: what, beside config.json, it takes to use the run's weights.
 
     Folders inside the run are written relative to it, so that it can be moved.
@@ -101,8 +103,14 @@ def describe_model(run: RunFolder, task: Classification, encoder: str, llm: str)
         path = Path(folder).absolute()
         return str(path.relative_to(inside) if path.is_relative_to(inside) else path)
 
-    folders = {"encoder": told(encoder), "llm": told(llm)}
-    run.write_json("model.json", {"task": task.name, "labels": task.labels, **folders})
+    about = {
+        "task": task.name,
+        "labels": task.labels,
+        "encoder": told(encoder),
+        "llm": told(llm),
+        "llm_adapters": [told(folder) for folder in llm_adapters],
+    }
+    run.write_json("model.json", about)
 
 
 def embedded_task(text: TextDataset, split: str) -> Classification:
