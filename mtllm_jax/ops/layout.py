@@ -100,6 +100,23 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
+def ways(size: int, dim: str) -> int:
+    """Devices that a dim of this size is cut over."""
+    num = math.prod(axis_size(axis) for axis in _names(DIM_TO_AXIS[dim]))
+    return num if size % num == 0 else 1
+
+
+def platform() -> str:
+    """What the program is traced for: "cpu", "gpu", "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def is_placed() -> bool:
+    """Whether it is known which devices the program is for."""
+    return not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+
+
 def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if axes is None:
         return ()
