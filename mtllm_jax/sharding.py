@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 
 # Arrays below this many elements stay whole: gathering them costs more than they weigh.
 SMALLEST_SHARDED = 2**16
+# From this many on, 1 MB of float32, they are cut even where the table cuts none of their dims.
+SMALLEST_CUT_ANYHOW = 2**18
 
 
 def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -33,13 +35,7 @@ def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
     slices are not those that the devices lie in.
     """
     devices = list(jax.devices() if devices is None else devices)
-    given = {axis: getattr(config, axis) for axis in AXES}
-    known = math.prod(size for size in given.values() if size != -1)
-    sizes = {axis: len(devices) // known if n == -1 else n for axis, n in given.items()}
-    if math.prod(sizes.values()) != len(devices):
-        raise ValueError(
-            f"config.mesh is {given}; its sizes must multiply to the {len(devices)} devices."
-        )
+    sizes = mesh_sizes(config, len(devices))
     _check_slices(config.slices, sizes["data"], devices)
     # axis_types by hand: the default has changed between releases.
     kinds = (AxisType.Auto,) * len(AXES)
@@ -51,6 +47,18 @@ def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
         tuple(inside.values()), tuple(across.values()), devices
     )
     return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
+
+
+def mesh_sizes(config: Mesh, num_devices: int) -> dict[str, int]:
+    """Devices along each axis, the -1 resolved. ValueError where they do not multiply."""
+    given = {axis: getattr(config, axis) for axis in AXES}
+    known = math.prod(size for size in given.values() if size != -1)
+    sizes = {axis: num_devices // known if n == -1 else n for axis, n in given.items()}
+    if math.prod(sizes.values()) != num_devices:
+        raise ValueError(
+            f"config.mesh is {given}; its sizes must multiply to the {num_devices} devices."
+        )
+    return sizes
 
 
 def _check_slices(slices: int, data: int, devices: Sequence[jax.Device]) -> None:
@@ -87,11 +95,21 @@ def partition(
     """Where each dim of one parameter goes.
 
     Raises ValueError naming the array if a dim is unknown, or if two dims claim one axis. A dim
-    that its axis does not divide, and every dim of a small array, stays whole.
+    that its axis does not divide, and every dim of a small array, stays whole. A large array that
+    the table leaves whole on this mesh, such as LoRA's B under FSDP, is cut along its last dim.
     """
-    whole = math.prod(shape) < SMALLEST_SHARDED
     by_table = spec(dims, shape, mesh, name)
-    return PartitionSpec() if whole else by_table
+    if math.prod(shape) < SMALLEST_SHARDED:
+        return PartitionSpec()
+    is_cut = not NamedSharding(mesh, by_table).is_fully_replicated
+    if is_cut or math.prod(shape) < SMALLEST_CUT_ANYHOW:
+        return by_table
+    for axis in ("fsdp", "tensor"):
+        for place in reversed(range(len(shape))):
+            size = mesh.shape[axis]
+            if size > 1 and dims[place] != "layers" and shape[place] % size == 0:
+                return PartitionSpec(*(axis if i == place else None for i in range(len(shape))))
+    return by_table
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from mtllm_jax import sharding
 from mtllm_jax.config import MTLLM
+from mtllm_jax.config import Mesh as MeshConfig
 from mtllm_jax.models.bert import Bert, BertConfig
 from mtllm_jax.models.bridge import Bridge
 from mtllm_jax.models.layers import split
@@ -58,6 +59,13 @@ class Step:
         }
         traced = jitted.trace(laid(self.state, mesh), laid(self.frozen, mesh), rows)
         return traced.lower(lowering_platforms=(platform,) if platform else None)
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The mesh of so many devices, without devices."""
+    sizes = sharding.mesh_sizes(config, num_devices)
+    kinds = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
 def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, num_texts: int) -> Step:
