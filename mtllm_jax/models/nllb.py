@@ -23,6 +23,7 @@ from mtllm_jax.models.layers import (
     Attention,
     LayerNorm,
     biased_linear,
+    look_up,
     param,
     positions_in_segment,
     scan_layers,
@@ -269,7 +270,7 @@ class NLLB(nnx.Module):
     def embed(self, ids_BT: Array, positions_BT: Array, dtype: DTypeLike) -> Array:
         """[B, T, E]: scaled embeddings plus positions, counted from 0 in each text."""
         scale = math.sqrt(self.config.width) if self.config.scale_embedding else 1.0
-        h_BTE = self.embedding_VE[...][ids_BT].astype(jnp.float32) * scale
+        h_BTE = look_up(self.embedding_VE[...], ids_BT).astype(jnp.float32) * scale
         # The first token of a text stands at the position after the padding's own id.
         positions_BT = positions_BT + self.config.pad_id + 1
         return (h_BTE + sinusoids(positions_BT, self.config.width)).astype(dtype)
