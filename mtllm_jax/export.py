@@ -50,13 +50,13 @@ def export(
     with console.stage(f"{format}: {run.path} → {folder}"):
         match format:
             case "hf":
-                how = _stack(run, folder, adapters, dtype)
+                how = _stack(run, folder, adapters, dtype, console)
             case "peft":
-                how = _adapter(run, folder, rank, dtype)
+                how = _adapter(run, folder, rank, dtype, console)
             case "llama":
-                how = _llm(run, folder, dtype)
+                how = _llm(run, folder, dtype, console)
             case "nllb":
-                how = _mt_model(run, folder, dtype)
+                how = _mt_model(run, folder, dtype, console)
             case _:
                 raise ValueError(f"--format is {format!r}; it may be hf, peft, llama or nllb.")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -64,8 +64,10 @@ def export(
     console.print(f"  {how}")
 
 
-def _stack(run: FinishedRun, folder: Path, adapters: str, dtype: str | None) -> str:
-    parts = run.load_parts()
+def _stack(
+    run: FinishedRun, folder: Path, adapters: str, dtype: str | None, console: Console
+) -> str:
+    parts = run.load_parts(console=console)
     _, student = run.load_trained(parts)
     save_stack(
         folder,
@@ -82,13 +84,16 @@ def _stack(run: FinishedRun, folder: Path, adapters: str, dtype: str | None) -> 
         lora=adapters,
         card=model_card(run, parts.source.languages),
         dtype=dtype,
+        progress=console.progress_of_bytes("writing the stack"),
     )
     auto = "transformers.AutoModelForSequenceClassification"
     return f"{auto}.from_pretrained({str(folder)!r}, trust_remote_code=True)"
 
 
-def _adapter(run: FinishedRun, folder: Path, rank: int | None, dtype: str | None) -> str:
-    parts = run.load_parts()
+def _adapter(
+    run: FinishedRun, folder: Path, rank: int | None, dtype: str | None, console: Console
+) -> str:
+    parts = run.load_parts(console=console)
     teacher, student = run.load_trained(parts)
     tuned, lost = student.stack.llm, 0.0
     if run.config.trained == "all":
@@ -97,16 +102,33 @@ def _adapter(run: FinishedRun, folder: Path, rank: int | None, dtype: str | None
         tuned = lora.joined(parts.llm, teacher.llm, tuned)
     base = run.given.llm or run.config.llm
     save_peft(folder, parts.llm, tuned, base_name=base, dtype=dtype)
-    note = f"; rank {rank} leaves out up to {lost:.1%} of a map's change" if lost else ""
-    return f"peft.PeftModel.from_pretrained(LLM, {str(folder)!r})  # LLM: {base}{note}"
+    if lost:
+        console.print(f"rank {rank} leaves out up to {lost:.1%} of what a linear map has learnt")
+    return f"peft.PeftModel.from_pretrained(LLM, {str(folder)!r})  # LLM: {base}"
 
 
-def _llm(run: FinishedRun, folder: Path, dtype: str | None) -> str:
-    save_llama(run.load_parts().llm, folder, tokenizer_files_from=run.config.llm, dtype=dtype)
+def _llm(run: FinishedRun, folder: Path, dtype: str | None, console: Console) -> str:
+    save_llama(
+        run.load_parts(console=console).llm,
+        folder,
+        tokenizer_files_from=run.config.llm,
+        dtype=dtype,
+        progress=console.progress_of_bytes("writing the LLM"),
+    )
     return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
 
 
-def _mt_model(run: FinishedRun, folder: Path, dtype: str | None) -> str:
-    model = load_nllb(run.config.encoder, dtype=jnp.dtype(run.config.frozen_dtype))
-    save_nllb(model, folder, tokenizer_files_from=run.config.encoder, dtype=dtype)
+def _mt_model(run: FinishedRun, folder: Path, dtype: str | None, console: Console) -> str:
+    model = load_nllb(
+        run.config.encoder,
+        dtype=jnp.dtype(run.config.frozen_dtype),
+        progress=console.progress_of_bytes("reading the MT model"),
+    )
+    save_nllb(
+        model,
+        folder,
+        tokenizer_files_from=run.config.encoder,
+        dtype=dtype,
+        progress=console.progress_of_bytes("writing the MT model"),
+    )
     return f"transformers.AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})"

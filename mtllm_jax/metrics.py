@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -27,6 +27,7 @@ from rich.text import Text
 
 LOG_WIDTH = 100  # columns of a table where there is no terminal
 
+_MANY_BYTES = 10**9  # what takes long enough to read or write that one wants to know how far it is
 _LOG_SECONDS = 10.0  # between two lines about one loop where there is no terminal
 _RATE_SAMPLES, _RATE_SPACING = 60, 0.5  # the rate shown is that of the last 60 × 0.5 s
 
@@ -183,6 +184,19 @@ class Console:
         self._end_progress()
         self._progress = Progress(self._rich, self._live, total, what, unit, done)
         return self._progress
+
+    def progress_of_bytes(self, what: str) -> Callable[[int, int], None]:
+        """A function to be told (bytes so far, bytes in all); it shows what takes a while."""
+        shown: list[Progress] = []
+
+        def told(done: int, total: int) -> None:
+            if total < _MANY_BYTES:
+                return
+            if not shown:
+                shown.append(self.progress(round(total / 1e6), what, unit="MB"))
+            shown[0].update(round(done / 1e6))
+
+        return told
 
     def _end_progress(self) -> None:
         if self._progress is not None:

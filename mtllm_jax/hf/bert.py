@@ -19,6 +19,7 @@ from mtllm_jax.hf.folder import (
     read_config,
     write_folder,
 )
+from mtllm_jax.hf.tensors import Progress
 from mtllm_jax.models.bert import FAMILIES, Bert, BertConfig
 
 _FIELDS = {
@@ -80,6 +81,7 @@ def load_bert(
     *,
     dtype: DTypeLike = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
+    progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
 ) -> Bert:
@@ -91,7 +93,9 @@ def load_bert(
     tensors = Tensors(folder)
     table = key_table(config, prefix_of(tensors))
     options = _options(config, prefix_of(tensors))
-    return load_into(_abstract(config), tensors, table, dtype, mesh=mesh, **options)
+    return load_into(
+        _abstract(config), tensors, table, dtype, mesh=mesh, progress=progress, **options
+    )
 
 
 def check_bert(folder: str | os.PathLike) -> BertConfig:

@@ -1,6 +1,7 @@
 """Text encoders of every family here: NLLB's and M2M100's, BERT, XLM-R and RoBERTa."""
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.typing import DTypeLike
 from mtllm_jax.hf.bert import check_bert, load_bert
 from mtllm_jax.hf.folder import read_config
 from mtllm_jax.hf.nllb import check_nllb, load_nllb
+from mtllm_jax.hf.tensors import Progress
 from mtllm_jax.models.bert import FAMILIES, Bert, BertConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 
@@ -29,6 +31,7 @@ def load_encoder(
     *,
     dtype: DTypeLike = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
+    progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
 ) -> Encoder:
@@ -36,16 +39,16 @@ def load_encoder(
 
     Arguments and errors are those of `load_nllb` and `load_bert`.
     """
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "mesh": mesh,
+        "progress": progress,
+        "remat": remat,
+        "unroll_layers": unroll_layers,
+    }
     if has_decoder(folder):
-        return load_nllb(
-            folder,
-            with_decoder=False,
-            dtype=dtype,
-            mesh=mesh,
-            remat=remat,
-            unroll_layers=unroll_layers,
-        )
-    return load_bert(folder, dtype=dtype, mesh=mesh, remat=remat, unroll_layers=unroll_layers)
+        return load_nllb(folder, with_decoder=False, **options)
+    return load_bert(folder, **options)
 
 
 def check_encoder(folder: str | os.PathLike) -> NLLBConfig | BertConfig:

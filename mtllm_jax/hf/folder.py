@@ -20,6 +20,7 @@ import fnmatch
 import functools
 import glob
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -38,7 +39,7 @@ from jax.typing import DTypeLike
 from mtllm_jax import sharding
 from mtllm_jax.hf.files import TOKENIZER_CONFIG, TOKENIZER_FILES, Files, is_remote
 from mtllm_jax.hf.reading import read_parameter
-from mtllm_jax.hf.tensors import SHARD_BYTES, OutTensor, Tensors, write_tensors
+from mtllm_jax.hf.tensors import SHARD_BYTES, OutTensor, Progress, Tensors, write_tensors
 from mtllm_jax.hf.tokenizer_config import readable_config
 from mtllm_jax.models.layers import Linear
 
@@ -95,6 +96,7 @@ def load_into(
     mesh: jax.sharding.Mesh | None = None,
     aliases: Mapping[str, Sequence[str]] = {},
     ignored: Iterable[str] = (),
+    progress: Progress | None = None,
 ) -> Module:
     """`module` (from `nnx.eval_shape`) with its parameters read from `tensors`, in `dtype`.
 
@@ -109,7 +111,8 @@ def load_into(
     if mesh is not None:
         placed = nnx.to_flat_state(sharding.shardings(state, mesh))
         places = [place.get_raw_value() for _, place in placed]
-    flat = []
+    total = sum(math.prod(value.shape) for _, value in values) * jnp.dtype(dtype).itemsize
+    flat, done = [], 0
     for (keys, value), place in zip(values, places, strict=True):
         path = _path(keys)
         array = read_parameter(
@@ -122,6 +125,9 @@ def load_into(
             is_kernel=_is_kernel(path),
         )
         flat.append((keys, value.replace(array)))
+        done += array.nbytes
+        if progress is not None:
+            progress(done, total)
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -296,6 +302,7 @@ def write_folder(
     tokenizer_files_from: str | os.PathLike | None = None,
     replace: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> None:
     """A folder with config.json, safetensors and, if named, another folder's tokenizer.
 
@@ -303,7 +310,7 @@ def write_folder(
     files. The rest is as in `new_folder`.
     """
     with new_folder(folder, replace=replace) as new:
-        write_tensors(new, tensors, max_bytes=max_shard_bytes)
+        write_tensors(new, tensors, max_bytes=max_shard_bytes, progress=progress)
         if new is None:
             return
         write_json(new / "config.json", config)

@@ -27,6 +27,7 @@ from mtllm_jax.hf.folder import (
     read_config,
     write_folder,
 )
+from mtllm_jax.hf.tensors import Progress
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
 from mtllm_jax.ops.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
@@ -58,6 +59,7 @@ def load_llama(
     dtype: DTypeLike = jnp.float32,
     *,
     mesh: jax.sharding.Mesh | None = None,
+    progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
 ) -> Llama:
@@ -68,7 +70,7 @@ def load_llama(
     """
     config = dataclasses.replace(_config(folder), remat=remat, unroll_layers=unroll_layers)
     module, tensors, table, options = _to_fill(config, folder)
-    return load_into(module, tensors, table, dtype, mesh=mesh, **options)
+    return load_into(module, tensors, table, dtype, mesh=mesh, progress=progress, **options)
 
 
 def check_llama(folder: str | os.PathLike) -> LlamaConfig:
@@ -109,6 +111,7 @@ def save_llama(
     tokenizer_files_from: str | os.PathLike | None = None,
     *,
     dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """A folder that transformers loads as a causal LM.
 
@@ -129,6 +132,7 @@ def save_llama(
         export_tensors(model, key_table(model.config), dtype=dtype),
         generation_config=generation_config,
         tokenizer_files_from=tokenizer_files_from,
+        progress=progress,
     )
 
 

@@ -20,6 +20,7 @@ from mtllm_jax.hf.folder import (
     read_config,
     write_folder,
 )
+from mtllm_jax.hf.tensors import Progress
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 
 _FIELDS = {
@@ -85,6 +86,7 @@ def load_nllb(
     with_decoder: bool = True,
     dtype: DTypeLike = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
+    progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
 ) -> NLLB:
@@ -96,7 +98,7 @@ def load_nllb(
     if not with_decoder:
         config = replace(config, decoder_layers=0)
     module, tensors, table, options = _to_fill(config, folder)
-    return load_into(module, tensors, table, dtype, mesh=mesh, **options)
+    return load_into(module, tensors, table, dtype, mesh=mesh, progress=progress, **options)
 
 
 def check_nllb(folder: str | os.PathLike) -> NLLBConfig:
@@ -129,6 +131,7 @@ def save_nllb(
     tokenizer_files_from: str | os.PathLike | None = None,
     replace: bool = False,
     dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """A folder that transformers loads. See `write_folder`.
 
@@ -143,6 +146,7 @@ def save_nllb(
         export_tensors(model, key_table(model.config), dtype=dtype),
         generation_config={name: config[name] for name in special},
         tokenizer_files_from=tokenizer_files_from,
+        progress=progress,
         replace=replace,
     )
 

@@ -54,7 +54,7 @@ from mtllm_jax.hf.folder import (
     write_json,
     write_tensors,
 )
-from mtllm_jax.hf.tensors import SHARD_BYTES
+from mtllm_jax.hf.tensors import SHARD_BYTES, Progress
 from mtllm_jax.hf.tokenizer_config import readable_config
 from mtllm_jax.languages import ENGLISH
 from mtllm_jax.models import lora as adapters
@@ -165,6 +165,7 @@ def save_stack(
     dtype: DTypeLike | None = None,
     replace: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> None:
     """A folder that transformers loads with `trust_remote_code`, and `load_stack` here.
 
@@ -208,7 +209,7 @@ def save_stack(
         dtype=dtype,
     )
     with new_folder(folder, replace=replace) as new:
-        write_tensors(new, tensors, max_bytes=max_shard_bytes)
+        write_tensors(new, tensors, max_bytes=max_shard_bytes, progress=progress)
         if new is None:
             return
         told = {"dtype": _common_dtype(tensors), "language_ids": language_ids}

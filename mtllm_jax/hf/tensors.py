@@ -26,6 +26,8 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 CHUNK = 2**23  # the most numbers that are read, cast or written in one go
+Progress = Callable[[int, int], None]  # told now and then: (bytes so far, bytes in all)
+
 SHARD_BYTES = 5 * 10**9  # the largest file written, if no single tensor is larger
 
 
@@ -218,6 +220,7 @@ def write_tensors(
     stem: str = "model",
     *,
     max_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> None:
     """Writes STEM.safetensors into a folder; several shards and an index if it were too large.
 
@@ -235,11 +238,15 @@ def write_tensors(
         names = [
             f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
         ]
+    total, written = sum(tensor.num_bytes for tensor in tensors), 0
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(None if folder is None else folder / name, shard)
+        for tensor in _write_shard(None if folder is None else folder / name, shard):
+            written += tensor.num_bytes
+            if progress is not None:
+                progress(written, total)
     if folder is not None and len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
+            "metadata": {"total_size": total},
             "weight_map": {
                 tensor.name: name
                 for name, shard in zip(names, shards, strict=True)
@@ -263,7 +270,8 @@ def _shards(tensors: Sequence[OutTensor], max_bytes: int) -> list[list[OutTensor
     return shards
 
 
-def _write_shard(path: Path | None, tensors: Sequence[OutTensor]) -> None:
+def _write_shard(path: Path | None, tensors: Sequence[OutTensor]) -> Iterator[OutTensor]:
+    """Writes one file; gives back each tensor when it is written."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -279,6 +287,7 @@ def _write_shard(path: Path | None, tensors: Sequence[OutTensor]) -> None:
             file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             _write_tensor(file, tensor)
+            yield tensor
         if file is not None:
             file.flush()
             os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from etils import epath
 
 from mtllm_jax.config import MTLLM
 from mtllm_jax.hf.files import is_remote
+from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.inputs import adapter_key, locate_models, revisions_of
 from mtllm_jax.runfolder import read_json
@@ -37,9 +38,12 @@ class FinishedRun:
         path = self.path / "results.json"
         return read_json(path) if path.exists() else None
 
-    def load_parts(self, mesh: jax.sharding.Mesh | None = None) -> stacking.Parts:
+    def load_parts(
+        self, mesh: jax.sharding.Mesh | None = None, console: Console | None = None
+    ) -> stacking.Parts:
         """The models that the run started from. ValueError where they are gone or damaged."""
-        return stacking.load_parts(self.config, self.config.encoder, self.config.llm, mesh)
+        encoder, llm = self.config.encoder, self.config.llm
+        return stacking.load_parts(self.config, encoder, llm, mesh, console)
 
     def load_trained(
         self, parts: stacking.Parts

@@ -24,7 +24,9 @@ from mtllm_jax.hf.encoder import Encoder, load_encoder
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.llama import load_llama
 from mtllm_jax.hf.peft import attach_peft, merge_peft
+from mtllm_jax.hf.tensors import Progress
 from mtllm_jax.inference import Forward, Vectors
+from mtllm_jax.metrics import Console
 from mtllm_jax.models import lora
 from mtllm_jax.models.bridge import Bridge
 from mtllm_jax.models.layers import Linear, LoRAParam, split
@@ -51,26 +53,32 @@ def load_parts(
     encoder_folder: str,
     llm_folder: str,
     mesh: jax.sharding.Mesh | None,
+    console: Console | None = None,
 ) -> Parts:
     """Both models, laid over the devices of `mesh` (None: the first), and tokenizers.
 
-    The LLM has the config's adapters merged into it.
+    The LLM has the config's adapters merged into it. console: shows how far reading is.
     """
+
+    def told(what: str) -> Progress | None:
+        return None if console is None else console.progress_of_bytes(what)
+
     options: dict[str, Any] = {
         "mesh": mesh,
         "remat": config.remat,
         "unroll_layers": config.unroll_layers,
     }
     dtype = jnp.dtype(config.frozen_dtype)
-    llm = load_llama(llm_folder, dtype=dtype, **options)
+    llm = load_llama(llm_folder, dtype=dtype, progress=told("reading the LLM"), **options)
     for adapter in config.llm_adapters:
         merge_peft(llm, adapter)
+    told_encoder = told("reading the encoder")
     return Parts(
         source=source_tokenizer(
             local_files(encoder_folder), legacy_source_order=config.legacy_source_order
         ),
         target=TargetTokenizer(local_files(llm_folder)),
-        encoder=load_encoder(encoder_folder, dtype=dtype, **options),
+        encoder=load_encoder(encoder_folder, dtype=dtype, progress=told_encoder, **options),
         llm=llm,
     )
 

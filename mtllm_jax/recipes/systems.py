@@ -58,7 +58,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
             " which names an NLLB model that can, is empty."
         )
     describe_model(job.run, task, encoder_folder, llm_folder, config.llm_adapters)
-    parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh)
+    parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh, job.console)
     adapted = stacking.general_adaptation(job, parts, english)
     teacher = stacking.task_teacher(job, parts, task)
     student = stacking.task_distillation(job, parts, task, adapted, teacher)
