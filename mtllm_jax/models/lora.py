@@ -141,12 +141,13 @@ def add(
     lies. donate: into its very memory, which no other module may share then.
     """
     kernel = linear.kernel[...]
-    linear.kernel.set_value(_merge_into(kernel.sharding, donate)(kernel, lora_a, lora_b, scale))
+    place = kernel.sharding if kernel.committed else None
+    linear.kernel.set_value(_merge_into(place, donate)(kernel, lora_a, lora_b, scale))
 
 
 @functools.cache
-def _merge_into(place: jax.sharding.Sharding, donate: bool) -> Callable[..., Array]:
-    """Jitted (kernel, A, B, scale) → merged kernel at `place`."""
+def _merge_into(place: jax.sharding.Sharding | None, donate: bool) -> Callable[..., Array]:
+    """Jitted (kernel, A, B, scale) → merged kernel at `place`; None = where the kernel lies."""
     return jax.jit(_merged, out_shardings=place, donate_argnums=(0,) if donate else ())
 
 
