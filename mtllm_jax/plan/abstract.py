@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 
 from mtllm_jax import sharding
 from mtllm_jax.config import MTLLM
@@ -41,9 +41,8 @@ class Step:
     frozen: Any
     batch: dict[str, jax.ShapeDtypeStruct]
 
-    def lower(self, mesh: AnyMesh, platform: str | None = None) -> jax.stages.Lowered:
-        """The step laid over a mesh as `train.fit` does, lowered for its devices; for the abstract
-        mesh, which has none, for `platform` ("tpu", "cuda", "cpu")."""
+    def lower(self, mesh: AnyMesh) -> jax.stages.Lowered:
+        """The step laid over a mesh as `train.fit` does it, lowered for the mesh's devices."""
         jitted = jax.jit(
             sharding.on(mesh, self.run),
             donate_argnums=0,
@@ -58,14 +57,25 @@ class Step:
             for name, x in self.batch.items()
         }
         traced = jitted.trace(laid(self.state, mesh), laid(self.frozen, mesh), rows)
-        return traced.lower(lowering_platforms=(platform,) if platform else None)
+        if isinstance(mesh, Mesh):
+            return traced.lower()
+        platform = mesh.abstract_device.platform
+        return traced.lower(lowering_platforms=(_LOWERED_AS.get(platform, platform),))
 
 
-def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-    """The mesh of so many devices, without devices."""
+# What `lower` calls a platform where a device calls it something else.
+_LOWERED_AS = {"gpu": "cuda"}
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int, platform: str) -> AbstractMesh:
+    """The mesh of so many devices of a platform ("tpu", "gpu", "cpu"), without devices."""
     sizes = sharding.mesh_sizes(config, num_devices)
-    kinds = (AxisType.Auto,) * len(sizes)
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+    return AbstractMesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        abstract_device=AbstractDevice(device_kind=platform, num_cores=None, platform=platform),
+    )
 
 
 def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, num_texts: int) -> Step:
