@@ -2,8 +2,8 @@
 
     python launch/train.py --config=configs/mtllm.py              the tiny default, nothing needed
     python launch/train.py --config=configs/mtllm.py:llama3-8b \\
-        --config.encoder=NLLB --config.llm=LLM2VEC_LLAMA --config.adaptation_text=TEXT \\
-        --config.task.train=TRAIN --config.task.test=TEST
+        --config.encoder=NLLB --config.llm=LLAMA --config.llm_adapters=MNTP,SIMCSE \\
+        --config.adaptation_text=TEXT --config.task.train=TRAIN --config.task.test=TEST
 
 Where values come from: [code] the authors' public code, [ours] our own choice, as is what has no
 tag.
@@ -110,7 +110,8 @@ def mini() -> c.MTLLM:
 def llama3_8b() -> c.MTLLM:
     """The authors' settings for NLLB-200-distilled-600M and Llama-3-8B-Instruct.
 
-    The LLM is the LLM2Vec one (MNTP and SimCSE adapters merged) [code]. Differences that remain:
+    The LLM is to have LLM2Vec's adapters merged, MNTP and then SimCSE [code]: they are named by
+    `llm_adapters`, or merged in the folder that `llm` names. Differences that remain:
     AdamW in float32 rather than 8 bit, and frozen weights in bfloat16 rather than NF4 [ours].
     """
     tiny = mini()
