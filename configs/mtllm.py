@@ -104,6 +104,7 @@ def mini() -> c.MTLLM:
         frozen_dtype="float32",
         unroll_layers=True,
         remat="none",
+        attention="auto",
     )
 
 

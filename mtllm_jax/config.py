@@ -271,6 +271,7 @@ class MTLLM:
     frozen_dtype: Literal["float32", "bfloat16"]
     unroll_layers: bool  # a Python loop over layers instead of lax.scan
     remat: Literal["none", "full", "dots"]  # what the backward pass recomputes
+    attention: Literal["auto", "xla", "cudnn", "splash"]  # by what; ops/attention.py has the table
     # Folder of the NLLB model that translate-test translates with; "" = the encoder, where it can.
     translator: str = ""
     llm_adapters: tuple[str, ...] = ()  # PEFT folders, merged into the LLM in turn as it is read

@@ -27,6 +27,7 @@ from mtllm_jax.models.layers import (
     scan_layers,
     split_key,
 )
+from mtllm_jax.ops.attention import check_attention
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -38,7 +39,7 @@ FAMILIES = ("bert", "xlm-roberta", "roberta")
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a model, and how its layers are run (`remat`, `unroll_layers`)."""
+    """Sizes of a model, and how its layers are run (`remat`, `unroll_layers`, `attention`)."""
 
     vocab_size: int
     width: int
@@ -53,6 +54,7 @@ class BertConfig:
     family: str = "bert"  # one of FAMILIES: where positions begin
     remat: str = "none"  # a name in layers.REMAT_POLICIES
     unroll_layers: bool = False
+    attention: str = "auto"  # a name in ops.attention.NAMES
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "ffn", "token_types"):
@@ -70,6 +72,7 @@ class BertConfig:
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}; it may be one of {list(allowed)}")
+        check_attention(self.attention, head_width=self.width // self.num_heads)
 
     @property
     def first_position(self) -> int:
@@ -87,7 +90,7 @@ class EncoderLayers(nnx.Module):
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         c = config
-        self.attention = Attention(c.width, c.num_heads, c.num_layers, rngs)
+        self.attention = Attention(c.width, c.num_heads, c.num_layers, rngs, c.attention)
         self.attention_norm = LayerNorm(c.width, c.eps, rngs, c.num_layers)
         self.ffn_in = biased_linear(c.width, c.ffn, ("embed", "ffn"), c.num_layers, rngs)
         self.ffn_out = biased_linear(c.ffn, c.width, ("ffn", "embed"), c.num_layers, rngs)

@@ -166,15 +166,18 @@ def split_key(key: Array | None, num: int) -> list[Array | None]:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with biases, of stacked layers."""
+    """Multi-head attention with biases, of stacked layers. backend: a name in `attention.NAMES`."""
 
-    def __init__(self, width: int, num_heads: int, num_layers: int, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, num_heads: int, num_layers: int, rngs: nnx.Rngs, backend: str = "auto"
+    ):
         inward, outward = ("embed", "heads"), ("heads", "embed")
         self.query = biased_linear(width, width, inward, num_layers, rngs)
         self.key = biased_linear(width, width, inward, num_layers, rngs)
         self.value = biased_linear(width, width, inward, num_layers, rngs)
         self.out = biased_linear(width, width, outward, num_layers, rngs)
         self.num_heads = num_heads
+        self.backend = backend
 
     def heads(self, linear: Linear, x_BTE: Array, key: Array | None = None) -> Array:
         """[B, T, E] → [B, T, N, H] by one of the linear maps."""
@@ -200,6 +203,7 @@ class Attention(nnx.Module):
             query_segments_BT=segments_BT,
             key_segments_BS=memory_segments_BS,
             causal=causal,
+            backend=self.backend,
         )
         return self.out(read_BTNH.reshape(x_BTE.shape), out_key)
 

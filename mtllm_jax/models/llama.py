@@ -25,7 +25,7 @@ from mtllm_jax.models.layers import (
     positions_in_segment,
     scan_layers,
 )
-from mtllm_jax.ops.attention import attention
+from mtllm_jax.ops.attention import attention, check_attention
 from mtllm_jax.ops.rope import RopeScaling, apply_rope, rope_frequencies, rope_gain
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -62,6 +62,7 @@ class LlamaConfig:
     pad_id: int | None = None
     unroll_layers: bool = False
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -88,6 +89,7 @@ class LlamaConfig:
             raise ValueError(f"head_width is {self.head_width}; rotary positions need an even one")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; allowed: {', '.join(REMAT_POLICIES)}")
+        check_attention(self.attention, window=self.sliding_window, head_width=self.head_width)
 
 
 class LlamaLayers(nnx.Module):
@@ -170,6 +172,7 @@ class LlamaLayers(nnx.Module):
             key_segments_BS=segments_BT,
             causal=causal,
             window=config.sliding_window if causal else None,
+            backend=config.attention,
         )
         return self.o(mixed_BTNH.reshape(*x_BTD.shape[:2], -1), keys[3])
 

@@ -29,7 +29,7 @@ from mtllm_jax.models.layers import (
     scan_layers,
     split_key,
 )
-from mtllm_jax.ops.attention import attention
+from mtllm_jax.ops.attention import attention, check_attention
 
 _EPS = 1e-5
 _LONGEST_WAVE = 10_000.0
@@ -37,7 +37,7 @@ _LONGEST_WAVE = 10_000.0
 
 @dataclass(frozen=True)
 class NLLBConfig:
-    """Sizes of a model, and how its layers are run (`remat`, `unroll_layers`)."""
+    """Sizes of a model, and how its layers are run (`remat`, `unroll_layers`, `attention`)."""
 
     vocab_size: int
     width: int
@@ -52,6 +52,7 @@ class NLLBConfig:
     eos_id: int = 2  # also the decoder's first input
     remat: str = "none"  # a name in layers.REMAT_POLICIES
     unroll_layers: bool = False
+    attention: str = "auto"  # a name in ops.attention.NAMES
 
     def __post_init__(self) -> None:
         for name in ("encoder_heads", "decoder_heads"):
@@ -59,6 +60,7 @@ class NLLBConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must divide width {self.width}"
                 )
+            check_attention(self.attention, head_width=self.width // getattr(self, name))
         if self.width % 2 or self.width < 4:
             raise ValueError(f"width is {self.width}; it must be even and at least 4")
         if self.remat not in REMAT_POLICIES:
@@ -78,9 +80,11 @@ class Cache(NamedTuple):
 class EncoderLayers(nnx.Module):
     """Stacked layers of self-attention and feed-forward."""
 
-    def __init__(self, width: int, num_heads: int, ffn: int, num_layers: int, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, num_heads: int, ffn: int, num_layers: int, rngs: nnx.Rngs, backend: str
+    ):
         self.self_attention_norm = LayerNorm(width, _EPS, rngs, num_layers)
-        self.self_attention = Attention(width, num_heads, num_layers, rngs)
+        self.self_attention = Attention(width, num_heads, num_layers, rngs, backend)
         self.ffn_norm = LayerNorm(width, _EPS, rngs, num_layers)
         self.ffn_in = biased_linear(width, ffn, ("embed", "ffn"), num_layers, rngs)
         self.ffn_out = biased_linear(ffn, width, ("ffn", "embed"), num_layers, rngs)
@@ -101,10 +105,12 @@ class EncoderLayers(nnx.Module):
 class DecoderLayers(EncoderLayers):
     """Stacked layers of causal self-attention, attention to the encoder, and feed-forward."""
 
-    def __init__(self, width: int, num_heads: int, ffn: int, num_layers: int, rngs: nnx.Rngs):
-        super().__init__(width, num_heads, ffn, num_layers, rngs)
+    def __init__(
+        self, width: int, num_heads: int, ffn: int, num_layers: int, rngs: nnx.Rngs, backend: str
+    ):
+        super().__init__(width, num_heads, ffn, num_layers, rngs, backend)
         self.cross_attention_norm = LayerNorm(width, _EPS, rngs, num_layers)
-        self.cross_attention = Attention(width, num_heads, num_layers, rngs)
+        self.cross_attention = Attention(width, num_heads, num_layers, rngs, backend)
 
     def __call__(  # type: ignore[override]
         self,
@@ -167,14 +173,14 @@ class NLLB(nnx.Module):
         init = nnx.initializers.normal(c.width**-0.5)
         self.embedding_VE = param(rngs, (c.vocab_size, c.width), ("vocab", "embed"), init)
         self.encoder = EncoderLayers(
-            c.width, c.encoder_heads, c.encoder_ffn, c.encoder_layers, rngs
+            c.width, c.encoder_heads, c.encoder_ffn, c.encoder_layers, rngs, c.attention
         )
         self.encoder_norm = LayerNorm(c.width, _EPS, rngs)
         self.decoder: DecoderLayers | None = nnx.data(None)
         self.decoder_norm: LayerNorm | None = nnx.data(None)
         if c.decoder_layers:
             self.decoder = DecoderLayers(
-                c.width, c.decoder_heads, c.decoder_ffn, c.decoder_layers, rngs
+                c.width, c.decoder_heads, c.decoder_ffn, c.decoder_layers, rngs, c.attention
             )
             self.decoder_norm = LayerNorm(c.width, _EPS, rngs)
 
