@@ -123,7 +123,7 @@ def attach_peft(
     for name, layers in adapter.factors.items():
         ((rank, alpha),) = adapter.sizes(name)
         lora.attach(llm, rank=rank, alpha=alpha, dropout=rate, targets=(name,), rngs=rngs)
-        lora_a, lora_b = _factors(getattr(llm.layers, name))
+        lora_a, lora_b = _lora_of(getattr(llm.layers, name))
         a_LIR, b_LRO = np.array(lora_a[...]), np.array(lora_b[...])
         for layer, one in layers.items():
             a_LIR[layer] = _transposed(adapter.tensors, one.lora_a)
@@ -173,8 +173,8 @@ def _fitting(llm: Llama, folder: str | os.PathLike, *, to_be_kept: bool) -> Adap
 
 
 def _check_kept(adapter: Adapter, files: Files) -> None:
-    for names in adapter.copies.values():
-        tensor = next(iter(names.values()))
+    if adapter.copies:
+        tensor = next(iter(next(iter(adapter.copies.values())).values()))
         raise ValueError(
             f"{files.folder} has a tensor that takes the place of the model's own, {tensor}; such "
             "an adapter can be merged, but not be trained further"
@@ -250,12 +250,13 @@ def _transposed(tensors: Tensors, name: str) -> np.ndarray:
     return tensors.read(name).astype(np.float32).T
 
 
-def _factors(linear: Linear) -> tuple[nnx.Param, nnx.Param]:
+def _lora_of(linear: Linear) -> tuple[nnx.Param, nnx.Param]:
     assert linear.lora_a is not None and linear.lora_b is not None
     return linear.lora_a, linear.lora_b
 
 
 def _at(llm: Llama, path: str) -> nnx.Param:
+    """The parameter of a path in the key table."""
     found: nnx.Param = functools.reduce(getattr, path.split("."), llm)  # type: ignore[arg-type]
     return found
 
@@ -521,7 +522,7 @@ def _low_rank(
 
 def _difference(before: Linear, after: Linear, layer: int) -> np.ndarray:
     """What a layer's kernel has become, its adapter included, minus what it was. float32 [I, O]."""
-    factors = None if after.lora_a is None else [x[...] for x in _factors(after)]
+    factors = None if after.lora_a is None else [x[...] for x in _lora_of(after)]
     kernels = before.kernel[...], after.kernel[...]
     return np.asarray(_difference_of(*kernels, factors, after.lora_scale, np.int32(layer)))
 
@@ -556,10 +557,9 @@ def _differ(one: Array, other: Array) -> Array:
 
 def _check_held(paths: Iterable[str], base: Llama) -> None:
     """ValueError for changed parameters that have no place in an adapter."""
-    table = key_table(base.config)
-    for path in sorted(paths):
+    if names := sorted(key_table(base.config)[path] for path in paths):
         raise ValueError(
-            f"{table[path]} is not what it was in the original LLM; an adapter's folder holds what "
+            f"{names[0]} is not what it was in the original LLM; an adapter's folder holds what "
             "adapters, norms and biases make different, not this"
         )
 
@@ -576,8 +576,8 @@ def _last(module: str) -> str:
 
 def _adapter_config(adapted: Mapping[str, Linear], base_name: str) -> dict[str, Any]:
     """adapter_config.json of the adapters on linear maps, by the maps' names in PyTorch."""
-    ranks = {name: int(_factors(x)[0].shape[-1]) for name, x in adapted.items()}
-    alphas = {name: _short(x.lora_scale * ranks[name]) for name, x in adapted.items()}
+    ranks = {name: int(_lora_of(x)[0].shape[-1]) for name, x in adapted.items()}
+    alphas = {name: _short(ranks[name] * x.lora_scale) for name, x in adapted.items()}
     first = next(iter(adapted))
     rank, alpha = ranks[first], alphas[first]
     return {
@@ -605,5 +605,6 @@ def _adapter_config(adapted: Mapping[str, Linear], base_name: str) -> dict[str, 
 
 
 def _short(number: float) -> int | float:
-    """As an int where it is one, as most people's alpha is."""
-    return int(number) if number == int(number) else number
+    """Without what rounding left of alpha / R · R, and an int where it is one."""
+    number = float(f"{number:.12g}")
+    return int(number) if number.is_integer() else number
