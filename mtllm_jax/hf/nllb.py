@@ -135,8 +135,11 @@ def save_nllb(
 ) -> None:
     """A folder that transformers loads. See `write_folder`.
 
-    dtype: of the tensors; None = that of each parameter.
+    dtype: of the tensors; None = that of each parameter. ValueError for an encoder alone: the
+    format has a decoder.
     """
+    if not model.config.decoder_layers:
+        raise ValueError(f"{folder}: an encoder alone is no M2M100 folder; load its decoder too")
     written = np.dtype(model.embedding_VE[...].dtype if dtype is None else dtype)
     config = config_to_hf(model.config) | {"dtype": written.name}
     special = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")

@@ -476,6 +476,8 @@ def test_the_encoder_alone(reference, folder, model, tmp_path):
     assert_close(states[MASKS > 0], theirs[MASKS > 0], 1e-4)
     with pytest.raises(ValueError, match="encoder alone"):
         encoder.decode(ids, MASKS, jnp.zeros((5, 7, 16)), MASKS)
+    with pytest.raises(ValueError, match="an encoder alone is no M2M100 folder"):
+        save_nllb(encoder, tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
