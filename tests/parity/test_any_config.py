@@ -76,7 +76,7 @@ def llms(draw):
         "tie_word_embeddings": draw(st.booleans()),
     }
     if family != "qwen2" and draw(st.booleans()):
-        fields |= {"hidden_size": 2 * draw(st.integers(4, 32)), "head_dim": head_width}
+        fields |= {"hidden_size": num_heads * draw(st.integers(2, 16)), "head_dim": head_width}
     elif family == "qwen3":
         fields |= {"head_dim": head_width}
     if family == "mistral":
