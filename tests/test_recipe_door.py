@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reduced
+from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -18,8 +19,10 @@ import mtllm_jax
 from mtllm_jax.cli import load_config
 from mtllm_jax.config import MTLLM
 from mtllm_jax.hf.llama import load_llama
+from mtllm_jax.hf.locate import Checkpoint
 from mtllm_jax.hf.peft import save_peft
 from mtllm_jax.models import lora
+from mtllm_jax.recipes import inputs as recipe_inputs
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.dry_run import first_of_each
 from mtllm_jax.recipes.inputs import idle_fields, read_inputs
@@ -409,6 +412,28 @@ def test_the_student_starts_from_an_adapter_and_the_teacher_afresh(started):
     assert nnx.graphdef(stack) == nnx.graphdef(fresh) and not np.any(fresh.llm.layers.q.lora_b[...])
     teacher = stacking.new_teacher(settings, parts, 2, 0)
     assert not np.any(teacher.llm.layers.q.lora_b[...])
+
+
+def test_adapters_on_the_hub_keep_their_commits(started, monkeypatch):
+    folder = started["lora.start"]
+    asked = {}
+
+    def found(name: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
+        asked[name] = revision
+        if name.startswith("org/"):
+            return Checkpoint(name, epath.Path(folder), revision or "c0ffee")
+        return Checkpoint(name, epath.Path(name))
+
+    monkeypatch.setattr(recipe_inputs, "locate", found)
+    named = config(started | {"llm_adapters": ["org/one", "org/two"], "lora.start": "org/three"})
+    inputs = read_inputs(named, {"llm_adapters.1": "abc"})
+    assert inputs.config.llm_adapters == (folder, folder) and inputs.config.lora.start == folder
+    assert asked["org/one"] is None and asked["org/two"] == "abc"
+    assert inputs.revisions == {
+        "llm_adapters.0": "c0ffee",
+        "llm_adapters.1": "abc",
+        "lora.start": "c0ffee",
+    }
 
 
 @pytest.mark.slow
