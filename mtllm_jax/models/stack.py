@@ -39,7 +39,7 @@ class Stack(nnx.Module):
         num_texts: int,
         *,
         causal: bool,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         noise: tuple[float, float] = (0.0, 0.0),
         key: Array | None = None,
     ) -> Array:
@@ -59,7 +59,7 @@ class Stack(nnx.Module):
         num_texts: int,
         *,
         causal: bool,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         noise: tuple[float, float] = (0.0, 0.0),
         key: Array | None = None,
     ) -> Array:
@@ -83,7 +83,7 @@ def llm_pooled(
     num_texts: int,
     *,
     causal: bool,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     key: Array | None = None,
 ) -> Array:
     """The LLM's own pooled state of its own tokens, BOS included [code]. float32 [B, N, D]."""
