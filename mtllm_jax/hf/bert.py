@@ -84,12 +84,15 @@ def load_bert(
     progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
+    attention: str = "auto",
 ) -> Bert:
     """The encoder of a folder, parameters in `dtype`. ValueError tells what does not fit.
 
     mesh: the devices that the parameters are laid over; None = the first device.
     """
-    config = with_changes(config_from_hf(folder), remat=remat, unroll_layers=unroll_layers)
+    config = with_changes(
+        config_from_hf(folder), remat=remat, unroll_layers=unroll_layers, attention=attention
+    )
     tensors = Tensors(folder)
     table = key_table(config, prefix_of(tensors))
     options = _options(config, prefix_of(tensors))

@@ -34,6 +34,7 @@ def load_encoder(
     progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
+    attention: str = "auto",
 ) -> Encoder:
     """The encoder of a folder, without the decoder where there is one.
 
@@ -45,6 +46,7 @@ def load_encoder(
         "progress": progress,
         "remat": remat,
         "unroll_layers": unroll_layers,
+        "attention": attention,
     }
     if has_decoder(folder):
         return load_nllb(folder, with_decoder=False, **options)

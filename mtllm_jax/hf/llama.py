@@ -62,13 +62,16 @@ def load_llama(
     progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
+    attention: str = "auto",
 ) -> Llama:
     """The model of a Hugging Face folder, its parameters in `dtype` whatever they are on disk.
 
     mesh: the devices that the parameters are laid over; None = the first device.
     ValueError, before the weights are read, for a folder, field or tensor that does not fit.
     """
-    config = dataclasses.replace(_config(folder), remat=remat, unroll_layers=unroll_layers)
+    config = dataclasses.replace(
+        _config(folder), remat=remat, unroll_layers=unroll_layers, attention=attention
+    )
     module, tensors, table, options = _to_fill(config, folder)
     return load_into(module, tensors, table, dtype, mesh=mesh, progress=progress, **options)
 

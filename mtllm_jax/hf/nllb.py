@@ -89,12 +89,15 @@ def load_nllb(
     progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
+    attention: str = "auto",
 ) -> NLLB:
     """The model of a folder, parameters in `dtype`. ValueError tells what does not fit.
 
     mesh: the devices that the parameters are laid over; None = the first device.
     """
-    config = replace(config_from_hf(folder), remat=remat, unroll_layers=unroll_layers)
+    config = replace(
+        config_from_hf(folder), remat=remat, unroll_layers=unroll_layers, attention=attention
+    )
     if not with_decoder:
         config = replace(config, decoder_layers=0)
     module, tensors, table, options = _to_fill(config, folder)

@@ -349,6 +349,7 @@ def load_stack(
     mesh: jax.sharding.Mesh | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
+    attention: str = "auto",
 ) -> LoadedStack:
     """The stack of a folder, its parameters in `dtype`. ValueError tells what does not fit.
 
@@ -356,7 +357,11 @@ def load_stack(
     output layer of its own: its logits would be those of tied embeddings.
     """
     config, tensors, names = _open(folder)
-    running: dict[str, Any] = {"remat": remat, "unroll_layers": unroll_layers}
+    running: dict[str, Any] = {
+        "remat": remat,
+        "unroll_layers": unroll_layers,
+        "attention": attention,
+    }
     config = dataclasses.replace(
         config,
         encoder=dataclasses.replace(config.encoder, **running),

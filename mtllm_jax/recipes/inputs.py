@@ -34,6 +34,7 @@ from mtllm_jax.models import lora
 from mtllm_jax.models.bert import BertConfig
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
+from mtllm_jax.ops.attention import check_attention
 from mtllm_jax.runfolder import read_json
 from mtllm_jax.tasks.classification import Classification
 
@@ -72,6 +73,14 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     for where, training in config.stages().items():
         sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows")
     sharding.check_rows(config.evaluation.batch_rows, mesh, "evaluation.batch_rows")
+    with naming("attention"):
+        check_attention(
+            config.attention,
+            jax.default_backend(),
+            segments=any(training.packing for training in config.stages().values()),
+            dtype=config.compute_dtype,
+            context=config.mesh.context,
+        )
     if config.trained == "lora":
         _check_lora_targets(config)
     config, revisions = locate_models(config, revisions)
@@ -256,7 +265,7 @@ def _check_lora_targets(config: MTLLM) -> set[str]:
 
 def _check_llm(config: MTLLM) -> None:
     with naming("llm"):
-        sizes = check_llama(config.llm)
+        sizes = dataclasses.replace(check_llama(config.llm), attention=config.attention)
         tokenizer = TargetTokenizer(local_files(config.llm))
         _check_vocabulary(config.llm, tokenizer.vocab_size, sizes.vocab_size)
     with naming("llm_adapters"):
@@ -289,7 +298,7 @@ def _check_start(config: MTLLM, sizes: LlamaConfig) -> None:
 def _check_encoder(config: MTLLM) -> SourceTokenizer:
     """Returns the encoder's tokenizer."""
     with naming("encoder"):
-        sizes = check_encoder(config.encoder)
+        sizes = dataclasses.replace(check_encoder(config.encoder), attention=config.attention)
         read = translation_tokenizer if has_decoder(config.encoder) else source_tokenizer
         tokenizer = read(local_files(config.encoder))
         _check_vocabulary(config.encoder, tokenizer.vocab_size, sizes.vocab_size)

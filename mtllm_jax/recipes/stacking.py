@@ -67,6 +67,7 @@ def load_parts(
         "mesh": mesh,
         "remat": config.remat,
         "unroll_layers": config.unroll_layers,
+        "attention": config.attention,
     }
     dtype = jnp.dtype(config.frozen_dtype)
     llm = load_llama(llm_folder, dtype=dtype, progress=told("reading the LLM"), **options)
