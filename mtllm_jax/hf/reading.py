@@ -22,6 +22,8 @@ _READERS = 4  # pieces read at a time
 _TRANSPOSED_ROWS = 256  # transposing more at a time misses the processor's caches
 
 Bounds = tuple[tuple[int, int], ...]  # (begin, end) of each dim
+_ALIGNMENT = 64  # bytes
+
 Rows = tuple[str, int, int]  # of a tensor, as it is stored: its name, begin, end
 # Where rows go: into all of an array, of which they may have more columns.
 Target = tuple[np.ndarray, tuple[slice, ...]]
@@ -40,13 +42,14 @@ def read_parameter(
     """The parameter that the tensors `names` make up: one tensor, or one for each layer.
 
     place: None = the first device. Small layers are read together. Large ones go one by one into a
-    buffer that lies where the parameter is to be. Of several processes all must call.
+    buffer that lies where the parameter is to be; on the CPU that is the host's own memory, and all
+    are read straight into it. Of several processes all must call.
     """
     read = functools.partial(
         _read, tensors, dtype=dtype, place=place, is_stacked=is_stacked, is_kernel=is_kernel
     )
     together = max(1, CHUNK // max(1, math.prod(shape[1:])))
-    if not is_stacked or together >= len(names):
+    if not is_stacked or together >= len(names) or _is_on_host(place):
         return read(names, shape)
     buffer = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
     for first in range(0, len(names), together):
@@ -55,6 +58,11 @@ def read_parameter(
         # Waiting keeps the host from reading ahead of the device, layer upon layer.
         buffer = _put(place)(buffer, layers, np.int32(first)).block_until_ready()
     return buffer
+
+
+def _is_on_host(place: NamedSharding | None) -> bool:
+    device = jax.devices()[0] if place is None else next(iter(place.device_set))
+    return device.platform == "cpu"
 
 
 @functools.cache
@@ -88,13 +96,22 @@ def _read(
     if place is not None:
         indices = list(place.addressable_devices_indices_map(shape).values())
     bounds = {_bounds(index, shape) for index in indices}
-    parts = {part: np.empty([end - begin for begin, end in part], dtype) for part in bounds}
+    parts = {part: _aligned([end - begin for begin, end in part], dtype) for part in bounds}
     _fill(tensors, _targets(parts, names, is_stacked, is_kernel), is_kernel)
     if place is None:
-        return jnp.asarray(parts[_bounds(whole, shape)]).block_until_ready()
+        part = parts[_bounds(whole, shape)]
+        return jax.device_put(part, jax.devices()[0], may_alias=True).block_until_ready()
     return jax.make_array_from_callback(
         shape, place, lambda index: parts[_bounds(index, shape)]
     ).block_until_ready()
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that begins where the CPU's compiler wants it: there it becomes jax's uncopied."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:

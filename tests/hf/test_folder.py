@@ -62,7 +62,11 @@ def cut_small(monkeypatch):
 
 @pytest.fixture(params=["together", "one by one", "in pieces"])
 def steps(request, monkeypatch):
-    """How much is read in one go: all layers of a parameter, one, or few rows of one."""
+    """How much is read in one go: all layers of a parameter, one, or few rows of one.
+
+    As where devices have a memory of their own; on the CPU layers are always read together.
+    """
+    monkeypatch.setattr(reading, "_is_on_host", lambda place: False)
     sizes = {"together": 2**20, "one by one": D * F, "in pieces": 5 * D}
     for where in (reading, tensors_module):
         monkeypatch.setattr(where, "CHUNK", sizes[request.param])
@@ -127,7 +131,7 @@ def spied(monkeypatch):
 
 
 def test_loaded_parameters_may_be_donated(tmp_path):
-    """They own their memory: an update in place changes nothing else."""
+    """Whoever owns their memory: an update in place changes nothing else."""
     tensors = random_tensors(np.float32)
     saved(tmp_path, tensors)
     state = nnx.state(load_into(abstract(), Tensors(tmp_path), TABLE))
@@ -137,6 +141,20 @@ def test_loaded_parameters_may_be_donated(tmp_path):
         np.testing.assert_array_equal(again[path], wanted)
     for (_, twice), wanted in zip(nnx.to_flat_state(doubled), again.values(), strict=True):
         np.testing.assert_array_equal(twice[...], 2 * wanted)
+
+
+def test_on_the_cpu_parameters_are_read_straight_into_their_place(tmp_path, monkeypatch):
+    """No copy is made: the arrays of all devices that hold the same lie at one address."""
+    monkeypatch.setattr(tensors_module, "CHUNK", D * F)
+    tensors = random_tensors(np.float32)
+    saved(tmp_path, tensors)
+    mesh = mesh_of(8, 1, 1)
+    loaded = load_into(abstract(), Tensors(tmp_path), TABLE, mesh=mesh)
+    for path, wanted in expected_parameters(tensors, np.float32).items():
+        np.testing.assert_array_equal(parameters_of(loaded)[path], wanted)
+    for _, value in nnx.to_flat_state(nnx.state(loaded)):
+        shards = value[...].addressable_shards
+        assert len({shard.data.unsafe_buffer_pointer() for shard in shards}) == 1
 
 
 def test_a_reader_that_fails_is_heard(tmp_path):
