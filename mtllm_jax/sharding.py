@@ -37,16 +37,21 @@ def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(config, len(devices))
     _check_slices(config.slices, sizes["data"], devices)
-    # axis_types by hand: the default has changed between releases.
-    kinds = (AxisType.Auto,) * len(AXES)
     if config.slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
-    inside = sizes | {"data": sizes["data"] // config.slices}
-    across = dict.fromkeys(AXES, 1) | {"data": config.slices}
-    grid = mesh_utils.create_hybrid_device_mesh(
-        tuple(inside.values()), tuple(across.values()), devices
-    )
-    return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
+        grid = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    else:
+        inside = sizes | {"data": sizes["data"] // config.slices}
+        across = dict.fromkeys(AXES, 1) | {"data": config.slices}
+        grid = mesh_utils.create_hybrid_device_mesh(
+            tuple(inside.values()),
+            tuple(across.values()),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    # axis_types by hand: the default has changed between releases.
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_sizes(config: Mesh, num_devices: int) -> dict[str, int]:
