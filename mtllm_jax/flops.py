@@ -162,7 +162,16 @@ def _weights(
     """Elements of the matrices below `state[part]`, or of those of the linear maps of one name."""
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        keys = [str(entry.key) for entry in path if hasattr(entry, "key")]
+        keys = _keys(path)
         if keys[0] == part and keys[-1] in names and linear in (None, keys[-2]):
             total += leaf.size
     return total
+
+
+def is_matrix(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a leaf of a state is a matrix that positions are multiplied with."""
+    return _keys(path)[-1] in _MATRICES
+
+
+def _keys(path: jax.tree_util.KeyPath) -> list[str]:
+    return [str(entry.key) for entry in path if hasattr(entry, "key")]

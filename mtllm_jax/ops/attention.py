@@ -38,7 +38,7 @@ from jax.typing import DTypeLike
 from mtllm_jax.ops import layout
 
 _MASKED = -1e30  # finite: a row of padding alone then gets a uniform, unused average, not NaN
-_MOST_SCORES = 2**28  # of a device at a time; 1 GB
+MOST_SCORES = 2**28  # of a device at a time; 1 GB
 _TILE = 128  # splash cuts queries and keys into blocks of multiples of this
 
 
@@ -217,14 +217,14 @@ def _xla_attention(
     B, T, N, H = q_BTNH.shape
     keys = k_BSKH, v_BSKH, key_segments_BS
     scores_a_query = B * N * k_BSKH.shape[1] / layout.ways(B, "rows") / layout.ways(N, "heads")
-    if scores_a_query * T <= _MOST_SCORES:
+    if scores_a_query * T <= MOST_SCORES:
         return _scored_at_once(q_BTNH, query_segments_BT, first, *keys, causal, window)
 
     @jax.checkpoint
     def piece(queries: tuple[Array, Array, Array]) -> Array:
         return _scored_at_once(*queries, *keys, causal, window)
 
-    size = min(T, 2 ** max(0, math.floor(math.log2(_MOST_SCORES / scores_a_query))))
+    size = min(T, 2 ** max(0, math.floor(math.log2(MOST_SCORES / scores_a_query))))
     num = -(-T // size)
     q_CBQNH, segments_CBQ = (
         jnp.pad(x, ((0, 0), (0, num * size - T)) + ((0, 0),) * (x.ndim - 2))

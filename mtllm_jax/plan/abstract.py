@@ -22,8 +22,9 @@ from mtllm_jax.models.layers import split
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 from mtllm_jax.models.stack import Stack
+from mtllm_jax.objectives import Terms
 from mtllm_jax.recipes import stacking
-from mtllm_jax.train import TrainState, make_optimizer, train_step
+from mtllm_jax.train import Objective, TrainState, make_optimizer, train_step
 
 AnyMesh = Mesh | AbstractMesh
 Encoder = NLLBConfig | BertConfig
@@ -31,7 +32,10 @@ Encoder = NLLBConfig | BertConfig
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """`run(state, frozen, batch)` is the step; the three are shapes of all devices together."""
+    """`run(state, frozen, batch)` is the step; the three are shapes of all devices together.
+
+    texts: packed in a row, N.
+    """
 
     config: MTLLM
     encoder: Encoder
@@ -40,6 +44,7 @@ class Step:
     state: TrainState
     frozen: Any
     batch: dict[str, jax.ShapeDtypeStruct]
+    texts: int
 
     def lower(self, mesh: AnyMesh) -> jax.stages.Lowered:
         """The step laid over a mesh as `train.fit` does it, lowered for the mesh's devices."""
@@ -78,8 +83,8 @@ def abstract_mesh(config: MeshConfig, num_devices: int, platform: str) -> Abstra
     )
 
 
-def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, num_texts: int) -> Step:
-    """The step of general adaptation, of models of these sizes. num_texts: N, packed in a row."""
+def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, texts: int = 1) -> Step:
+    """The step of general adaptation, of models of these sizes. texts: N, packed in a row."""
     training = config.adaptation.training
     dtype = jnp.dtype(config.frozen_dtype)
     encoder_module = _shapes_of(functools.partial(_new_encoder, encoder), dtype)
@@ -102,20 +107,29 @@ def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, num_texts: int) -
         ),
         trainable,
     )
+    objective = stacking.adaptation_objective(config, graph, teacher_graph)
+    both = {"stack": frozen, "teacher": teacher}
+    if config.trained == "lora":
+        # Beside its adapters the student's LLM is the teacher: the same arrays in memory.
+        both, objective = {"stack": frozen}, _with_teacher(objective)
     run = functools.partial(
-        train_step,
-        objective=stacking.adaptation_objective(config, graph, teacher_graph),
-        optimizer=optimizer,
-        accumulation=training.accumulation,
+        train_step, objective=objective, optimizer=optimizer, accumulation=training.accumulation
     )
     B, S, T = training.batch_rows, training.source_length, training.target_length
     shapes = {"source_ids": S, "source_segments": S, "target_ids": T, "target_segments": T}
     batch = {
         name: jax.ShapeDtypeStruct((B, length), jnp.int32)
-        for name, length in (shapes | {"example": num_texts}).items()
+        for name, length in (shapes | {"example": texts}).items()
     }
-    both = {"stack": frozen, "teacher": teacher}
-    return Step(config, encoder, llm, run, state, both, batch)
+    return Step(config, encoder, llm, run, state, both, batch, texts)
+
+
+def _with_teacher(objective: Objective) -> Objective:
+    def with_teacher(trainable: nnx.State, frozen: Any, batch: Any, key: jax.Array) -> Terms:
+        stack = frozen["stack"]
+        return objective(trainable, {"stack": stack, "teacher": stack["llm"]}, batch, key)
+
+    return with_teacher
 
 
 def laid(tree: Any, mesh: AnyMesh) -> Any:

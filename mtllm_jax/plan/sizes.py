@@ -59,9 +59,14 @@ LLMS = {
 }
 
 
+def _options(config: MTLLM) -> dict[str, Any]:
+    """How layers are run, as `stacking.load_parts` has it."""
+    return {name: getattr(config, name) for name in ("remat", "unroll_layers", "attention")}
+
+
 def encoder_sizes(config: MTLLM, name: str) -> NLLBConfig | BertConfig:
     """Of the encoder that the config names a folder of, of the mini NLLB, or of a published one."""
-    options: dict[str, Any] = {"remat": config.remat, "unroll_layers": config.unroll_layers}
+    options = _options(config)
     if config.encoder:
         return dataclasses.replace(_encoder_of(config.encoder), **options)
     if config.mini_nllb is not None:
@@ -91,7 +96,7 @@ def _encoder_of(folder: str | os.PathLike[str]) -> NLLBConfig | BertConfig:
 
 def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
     """Of the LLM that the config names a folder of, of the mini Llama, or of a published one."""
-    options: dict[str, Any] = {"remat": config.remat, "unroll_layers": config.unroll_layers}
+    options = _options(config)
     if config.llm:
         found = llama.config_from_hf(read_config(config.llm, LLAMA_FAMILIES))
         return dataclasses.replace(found, **options)

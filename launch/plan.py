@@ -1,0 +1,42 @@
+"""What a run will cost: python launch/plan.py --config=FILE.py:NAME --topology=v5e:4x4
+
+Memory, FLOPs, traffic and time of stage 1 on machines that need not be here. For TPUs the step is
+compiled, where `pip install -e '.[plan]'` has brought their compiler.
+"""
+
+from absl import flags
+
+from mtllm_jax import cli
+from mtllm_jax.config import MTLLM
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5e:16x16, v6e:2x4, v5p:4x4x4, h100:8")
+_GPU = flags.DEFINE_integer("gpu", None, "one GPU of 24, 48, 80 or 141 GB")
+_ENCODER = flags.DEFINE_string("encoder", "nllb-600m", "its size, where config.encoder is empty")
+_LLM = flags.DEFINE_string("llm", "llama3-8b", "its size, where config.llm is empty")
+_TEXTS = flags.DEFINE_integer("texts", 1, "texts packed in a row")
+_ANALYTIC = flags.DEFINE_bool("analytic", False, "by arithmetic alone, in seconds")
+_SWEEP = flags.DEFINE_bool("sweep", False, "rank meshes and remat policies, and plan the best")
+_JSON = flags.DEFINE_string("json", None, "file that the same numbers are written to")
+
+
+def main(config: MTLLM) -> None:
+    """Hand the flags over."""
+    # Late, so that a mistake at the door is answered before anything heavy is imported.
+    from mtllm_jax.metrics import Console
+    from mtllm_jax.plan import report
+
+    options = report.Options(
+        topology=_TOPOLOGY.value,
+        gpu=_GPU.value,
+        encoder=_ENCODER.value,
+        llm=_LLM.value,
+        texts=_TEXTS.value,
+        analytic=_ANALYTIC.value,
+        sweep=_SWEEP.value,
+        json=_JSON.value,
+    )
+    report.run(config, options, Console())
+
+
+if __name__ == "__main__":
+    cli.run_main(main, __doc__, lambda values: MTLLM, resumes=lambda: False)

@@ -1,0 +1,251 @@
+"""A step's memory, traffic and time by arithmetic: what no compiler is needed for.
+
+t positions of a chip in a micro-batch, S encoder and T decoder positions of a row, D LLM width,
+F feed-forward width, L LLM layers, N heads, H head width.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtllm_jax import flops
+from mtllm_jax.models.nllb import NLLBConfig
+from mtllm_jax.ops.attention import MOST_SCORES, choose_backend
+from mtllm_jax.plan import abstract
+from mtllm_jax.plan.chips import Machine
+
+# Fitted to what libtpu's compiler holds (benchmarks/ has the comparison), in bytes or elements a
+# position. While a layer is gone through backward, arrays of D and of F that live at once:
+_WORKING_D, _WORKING_F = 8.0, 7.0
+# Without remat, arrays of D, F and the heads' widths that each layer leaves:
+_SAVED_D, _SAVED_F, _SAVED_H = 6.0, 3.0, 2.0
+# Of a score: two in float32 and one in bfloat16.
+_SCORE_BYTES = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip. activations: what a step needs beside what lies there between steps."""
+
+    frozen: float
+    trainable: float
+    optimizer: float
+    activations: float
+
+    @property
+    def peak(self) -> float:
+        return self.frozen + self.trainable + self.optimizer + self.activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Lower bounds of a step's time, each as if the other two were 0."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def roofline(self) -> float:
+        """Of a step in which all three overlap: as fast as it can be."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def bound(self) -> str:
+        """Which of them the roofline is."""
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one step. memory_traffic: bytes that a chip reads and writes; traffic: those that it
+    receives, by kind of collective."""
+
+    memory: Memory
+    flops: flops.Flops
+    memory_traffic: float
+    traffic: dict[str, float]
+    seconds: Seconds
+
+
+def estimate(step: abstract.Step, machine: Machine) -> Estimate:
+    """ValueError where the machine's chips are not those of the config's mesh."""
+    layout = _Layout(step, machine)
+    training = step.config.adaptation.training
+    batch = flops.Batch(
+        training.batch_rows, training.source_length, training.target_length, step.texts
+    )
+    trainable, frozen = step.state.trainable, step.frozen["stack"]
+    counted = flops.adaptation_flops(trainable, frozen, step.encoder, step.llm, batch)
+    moved, traffic = layout.memory_traffic(), layout.traffic()
+    return Estimate(
+        memory=layout.memory(),
+        flops=counted,
+        memory_traffic=moved,
+        traffic=traffic,
+        seconds=seconds_of(machine, counted, moved, traffic),
+    )
+
+
+def seconds_of(
+    machine: Machine, counted: flops.Flops, memory_traffic: float, traffic: dict[str, float]
+) -> Seconds:
+    """From FLOPs of all chips and bytes of one."""
+    chip = machine.chip
+    received = sum(traffic.values())
+    return Seconds(
+        compute=counted.hardware_total / (machine.num_chips * chip.tflops * 1e12),
+        memory=memory_traffic / (chip.memory_bandwidth * 1e9),
+        network=received / (machine.network * 1e9) if received else 0.0,
+    )
+
+
+class _Layout:
+    """One step on one mesh: what a chip holds, reads, receives."""
+
+    def __init__(self, step: abstract.Step, machine: Machine):
+        self.step, config = step, step.config
+        self.training, self.llm = config.adaptation.training, step.llm
+        self.mesh = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform)
+        self.data, self.fsdp, self.context, self.tensor = (
+            self.mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor")
+        )
+        self.dtype = jnp.dtype(config.compute_dtype)
+        # Rows of a chip in a micro-batch, and their positions there.
+        self.times = self.training.accumulation
+        self.rows = self.training.batch_rows / (self.data * self.fsdp * self.times)
+        self.sources = self.rows * self.training.source_length / self.context
+        self.targets = self.rows * self.training.target_length / self.context
+        self.platform = machine.chip.platform
+
+    # ------------------------------------------------------------ memory
+
+    def memory(self) -> Memory:
+        state = self.step.state
+        trainable = self.bytes_of(state.trainable)
+        gradients = trainable * (1 if self.times == 1 else 2)
+        return Memory(
+            frozen=self.bytes_of(self.step.frozen),
+            trainable=trainable,
+            optimizer=self.bytes_of(state.opt_state),
+            activations=self.saved() + self.working() + gradients,
+        )
+
+    def bytes_of(self, tree: Any) -> float:
+        """Of a chip's part."""
+        leaves = jax.tree.leaves(abstract.laid(tree, self.mesh))
+        return float(
+            sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+        )
+
+    def saved(self) -> float:
+        """What each layer of the student leaves for the backward pass."""
+        D, F = self.llm.width, self.llm.ffn_width / self.tensor
+        queries = self.llm.num_heads * self.llm.head_width / self.tensor
+        keys = 2 * self.llm.num_kv_heads * self.llm.head_width / self.tensor
+        position = float(D)
+        if self.llm.remat == "dots":
+            position += queries + keys + 2 * D + 2 * F
+        elif self.llm.remat == "none":
+            position += _SAVED_D * D + _SAVED_F * F + _SAVED_H * (queries + keys)
+        return self.llm.num_layers * self.sources * position * self.dtype.itemsize
+
+    def working(self) -> float:
+        """The most that lives at once while one layer of the student is gone through backward."""
+        D, F = self.llm.width, self.llm.ffn_width / self.tensor
+        position = _WORKING_D * D + _WORKING_F * F
+        weights = 2 * D * F if self.fsdp > 1 else 0.0
+        return (self.sources * position + weights) * self.dtype.itemsize + self.scores()
+
+    def scores(self) -> float:
+        """Of attention by plain products, which holds them for some queries at a time."""
+        if self.attention() != "xla":
+            return 0.0
+        heads = self.llm.num_heads / self.tensor
+        at_once = self.sources * heads * self.training.source_length
+        return min(at_once, MOST_SCORES) * _SCORE_BYTES
+
+    def attention(self) -> str:
+        """The backend that the step runs on."""
+        if self.llm.attention != "auto":
+            return self.llm.attention
+        return choose_backend(
+            self.platform,
+            segments=True,
+            head_width=self.llm.head_width,
+            dtype=self.dtype,
+            context=self.context,
+        )
+
+    # ------------------------------------------------------------ traffic
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes that a chip receives in a step, by kind of collective."""
+        frozen, trainable = self.step.frozen["stack"], self.step.state.trainable
+        kernels = _matrices(frozen, "llm") + _matrices(trainable, "llm")
+        width, times = self.dtype.itemsize, self.times
+        # The student forward and backward, the teacher and the encoder once.
+        gathered = 3 * kernels + _matrices(frozen, "encoder")
+        learnt = sum(x.size for x in jax.tree.leaves(trainable))
+        embedded = self.sources * self.step.encoder.width + self.targets * self.llm.width
+        cut_by_fsdp = _share(self.fsdp) / self.tensor
+        return {
+            "all-gather": times * width * (gathered * cut_by_fsdp + self._keys()),
+            "reduce-scatter": times * width * learnt * cut_by_fsdp,
+            "all-reduce": times * width * self._tensor_sums()
+            + 2 * _share(self.data) * times * width * learnt / (self.fsdp * self.tensor),
+            "all-to-all": times * width * embedded * _share(self.fsdp),
+        }
+
+    def _tensor_sums(self) -> float:
+        """Elements summed over the tensor axis: two a layer forward, one again, two backward."""
+        of_llm = self.llm.num_layers * self.llm.width
+        again = 1 if self.llm.remat == "full" else 0
+        encoder = self.step.encoder
+        layers = encoder.encoder_layers if isinstance(encoder, NLLBConfig) else encoder.num_layers
+        read = self.sources * ((4 + again) * of_llm + 2 * layers * encoder.width)
+        return 2 * _share(self.tensor) * (read + 2 * self.targets * of_llm)
+
+    def _keys(self) -> float:
+        """Elements of keys and values that a chip gathers from the others of its row."""
+        width = 2 * self.llm.num_kv_heads * self.llm.head_width / self.tensor
+        others = _share(self.context) * self.context * self.llm.num_layers * width
+        return others * (3 * self.sources + self.targets)
+
+    def memory_traffic(self) -> float:
+        """Bytes read from and written to a chip's memory in a step, as far as products go: what
+        each reads and leaves, and weights as often as they are read or gathered."""
+        frozen, trainable = self.step.frozen["stack"], self.step.state.trainable
+        llm = _matrices(frozen, "llm") + _matrices(trainable, "llm")
+        encoder = _matrices(frozen, "encoder")
+        gathers = 1 if self.fsdp > 1 else 0
+        again = 1 if self.llm.remat == "full" else 0
+        weights = ((3 + again) * llm + encoder + gathers * (3 * llm + encoder)) / self.tensor
+        ends = _ends(frozen, "llm") + _ends(trainable, "llm")
+        forward = self.targets * ends + self.sources * (ends + _ends(frozen, "encoder"))
+        moved = forward + self.sources * (2 + again) * ends
+        state = 2 * (self.bytes_of(trainable) + self.bytes_of(self.step.state.opt_state))
+        return self.times * self.dtype.itemsize * (weights + moved / self.tensor) + state
+
+
+def _share(ways: int) -> float:
+    """Of what is gathered from so many chips, the part that the others have."""
+    return (ways - 1) / ways
+
+
+def _matrices(state: Any, part: str) -> int:
+    """Elements of the matrices of linear maps below `state[part]`."""
+    return sum(math.prod(shape) for shape in _shapes(state, part))
+
+
+def _ends(state: Any, part: str) -> int:
+    """Inputs and outputs of all these linear maps together, for one position."""
+    return sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in _shapes(state, part))
+
+
+def _shapes(state: Any, part: str) -> list[tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(state.get(part, {}))
+    return [x.shape for path, x in leaves if flops.is_matrix(path)]

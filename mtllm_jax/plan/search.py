@@ -1,0 +1,174 @@
+"""What would fit, and what would be faster: batches, settings, meshes. All by arithmetic."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mtllm_jax.config import MTLLM, Mesh
+from mtllm_jax.plan import abstract
+from mtllm_jax.plan.chips import Machine
+from mtllm_jax.plan.estimate import Estimate, Memory, estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Settings, by the flags that make them, and the bytes of a chip under them."""
+
+    flags: str
+    peak: float
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A way to run the same step: mesh, remat, accumulation."""
+
+    config: MTLLM
+    estimate: Estimate
+
+
+def fits(memory: Memory, machine: Machine, scale: float = 1.0) -> bool:
+    """scale: of what activations take to what the estimate says."""
+    return peak(memory, scale) <= machine.chip.memory_gb * 1e9
+
+
+def peak(memory: Memory, scale: float) -> float:
+    """Bytes of a chip."""
+    return memory.peak + (scale - 1.0) * memory.activations
+
+
+def largest_batch(step: abstract.Step, machine: Machine, scale: float = 1.0) -> int:
+    """Rows of the largest step that fits, in as many micro-batches as now; 0 if none does."""
+    training = step.config.adaptation.training
+    mesh = abstract.abstract_mesh(step.config.mesh, machine.num_chips, machine.chip.platform)
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * training.accumulation
+
+    def is_small(units: int) -> bool:
+        config = with_training(step.config, batch_rows=units * unit)
+        return fits(estimate(with_config(step, config), machine).memory, machine, scale)
+
+    most = 1
+    while is_small(most) and most < 2**20:
+        most *= 2
+    least = most // 2
+    while most - least > 1:  # least fits, most does not
+        middle = (least + most) // 2
+        least, most = (middle, most) if is_small(middle) else (least, middle)
+    return least * unit
+
+
+def changes(step: abstract.Step, machine: Machine, scale: float = 1.0) -> list[Change]:
+    """Settings under which the step takes less memory: those that let it fit first, then those
+    that save most. Where none lets it alone, all of them together are the last."""
+    now = peak(estimate(step, machine).memory, scale)
+
+    def change(flags: str, config: MTLLM) -> Change:
+        other = estimate(_step_of(step, config), machine).memory
+        return Change(flags, peak(other, scale), fits(other, machine, scale))
+
+    single = _smaller(step.config, machine)
+    found = [change(flags, make(step.config)) for flags, make in single]
+    more = [change(flags, config) for flags, config in _accumulated(step.config, machine)]
+    # The fewest micro-batches that let it fit, or else the most there are.
+    found += [c for c in more if c.fits][:1] or more[-1:]
+    found = [change for change in found if change.peak < 0.98 * now]
+    found.sort(key=lambda change: (not change.fits, change.peak))
+    if len(found) > 1 and not found[0].fits:
+        config = functools.reduce(lambda config, item: item[1](config), single, step.config)
+        last = list(_accumulated(config, machine))[-1:]
+        flags = " ".join(flags for flags, _ in [*single, *last])
+        found.append(change(flags, last[0][1] if last else config))
+    return found
+
+
+def _smaller(config: MTLLM, machine: Machine) -> list[tuple[str, Callable[[MTLLM], MTLLM]]]:
+    """Flags that save memory here, and what each does to a config."""
+    sizes = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform).shape
+    uncut = sizes["fsdp"] * sizes["tensor"] < machine.num_chips
+    mesh = Mesh(data=1, fsdp=-1)
+
+    def setting(**values: Any) -> Callable[[MTLLM], MTLLM]:
+        return lambda config: dataclasses.replace(config, **values)
+
+    choices = [
+        (uncut, "--config.mesh.data=1 --config.mesh.fsdp=-1", setting(mesh=mesh)),
+        (config.remat != "full", "--config.remat=full", setting(remat="full")),
+        (
+            config.frozen_dtype == "float32",
+            "--config.frozen_dtype=bfloat16",
+            setting(frozen_dtype="bfloat16"),
+        ),
+        (config.trained == "all", "--config.trained=lora", setting(trained="lora")),
+    ]
+    return [(flags, make) for is_open, flags, make in choices if is_open]
+
+
+def _accumulated(config: MTLLM, machine: Machine) -> Iterator[tuple[str, MTLLM]]:
+    """More micro-batches than now, fewest first."""
+    training = config.adaptation.training
+    sizes = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform).shape
+    for times in _divisors(training.batch_rows // (sizes["data"] * sizes["fsdp"])):
+        if times > training.accumulation:
+            flag = f"--config.adaptation.training.accumulation={times}"
+            yield flag, with_training(config, accumulation=times)
+
+
+def sweep(step: abstract.Step, machine: Machine) -> list[Candidate]:
+    """Every mesh and remat policy in which the step fits, each with the fewest micro-batches that
+    let it; the fastest first, and of equally fast ones those with less to do besides."""
+    found = []
+    rows = step.config.adaptation.training.batch_rows
+    kv_heads = step.llm.num_kv_heads
+    for data, fsdp, tensor in _factorisations(machine.num_chips):
+        if rows % (data * fsdp) or kv_heads % tensor:
+            continue
+        for remat in ("none", "dots", "full"):
+            mesh = Mesh(data=data, fsdp=fsdp, tensor=tensor)
+            config = dataclasses.replace(step.config, mesh=mesh, remat=remat)
+            for times in _divisors(rows // (data * fsdp)):
+                candidate = with_training(config, accumulation=times)
+                estimated = estimate(with_config(step, candidate), machine)
+                if fits(estimated.memory, machine):
+                    found.append(Candidate(candidate, estimated))
+                    break
+
+    def cost(candidate: Candidate) -> tuple[float, float]:
+        seconds = candidate.estimate.seconds
+        return seconds.roofline, sum(dataclasses.astuple(seconds))
+
+    return sorted(found, key=cost)
+
+
+def with_training(config: MTLLM, **values: Any) -> MTLLM:
+    """The config with other values in stage 1's training."""
+    training = dataclasses.replace(config.adaptation.training, **values)
+    return dataclasses.replace(
+        config, adaptation=dataclasses.replace(config.adaptation, training=training)
+    )
+
+
+def with_config(step: abstract.Step, config: MTLLM) -> abstract.Step:
+    """The step for an estimate under another mesh, remat policy or batch; it is not to be run."""
+    return dataclasses.replace(
+        step, config=config, llm=dataclasses.replace(step.llm, remat=config.remat)
+    )
+
+
+def _step_of(step: abstract.Step, config: MTLLM) -> abstract.Step:
+    same = (step.config.frozen_dtype, step.config.trained) == (config.frozen_dtype, config.trained)
+    if same:
+        return with_config(step, config)
+    return abstract.stage_1(config, step.encoder, step.llm, step.texts)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _factorisations(number: int) -> Iterator[tuple[int, int, int]]:
+    """All (a, b, c) with a · b · c = number."""
+    for a, b in itertools.product(_divisors(number), repeat=2):
+        if number % (a * b) == 0:
+            yield a, b, number // (a * b)
