@@ -26,7 +26,6 @@ ENCODER = NLLBConfig(
     decoder_heads=4,
     encoder_ffn=1024,
     decoder_ffn=1024,
-    unroll_layers=True,
 )
 LLM = LlamaConfig(
     vocab_size=64,
@@ -36,7 +35,6 @@ LLM = LlamaConfig(
     num_kv_heads=2,
     head_width=64,
     ffn_width=1536,
-    unroll_layers=True,
 )
 BATCH = flops.Batch(rows=4, source_length=96, target_length=64)
 TRAINING = c.Training(
@@ -52,10 +50,11 @@ TRAINING = c.Training(
 def step(trained="lora", remat="none"):
     config = tiny.settings(
         trained=trained,
+        remat=remat,
         lora=c.LoRA(rank=16, alpha=32, dropout=0.0, targets=("all",)),
         adaptation=c.Adaptation(training=TRAINING),
     )
-    return abstract.stage_1(config, ENCODER, dataclasses.replace(LLM, remat=remat), 1)
+    return abstract.stage_1(config, ENCODER, LLM)
 
 
 def counted(function, *arguments):
@@ -73,9 +72,9 @@ def formula(step, batch=BATCH):
 def test_a_forward_pass(part):
     one = step()
     if part == "encoder":
-        module, length = nnx.eval_shape(lambda: NLLB(ENCODER, nnx.Rngs(0))), BATCH.source_length
+        module, length = nnx.eval_shape(lambda: NLLB(one.encoder, nnx.Rngs(0))), BATCH.source_length
     else:
-        module, length = nnx.eval_shape(lambda: Llama(LLM, nnx.Rngs(0))), BATCH.target_length
+        module, length = nnx.eval_shape(lambda: Llama(one.llm, nnx.Rngs(0))), BATCH.target_length
     graph, state = nnx.split(module)
     ids = jax.ShapeDtypeStruct((BATCH.rows, length), jnp.int32)
 
@@ -106,7 +105,7 @@ def test_weights_are_counted_by_what_is_asked_of_them(trained):
     """Llama-3-8B under NLLB-600M, by the numbers of their weights."""
     config = dataclasses.replace(llama3_8b(), trained=trained)
     encoder, llm = sizes.encoder_sizes(config, "nllb-600m"), sizes.llm_sizes(config, "llama3-8b")
-    one = abstract.stage_1(config, encoder, llm, 1)
+    one = abstract.stage_1(config, encoder, llm)
     batch = flops.Batch(rows=256, source_length=512, target_length=384)
     got = formula(one, batch).model
     sources, targets = 256 * 512, 256 * 384

@@ -6,7 +6,7 @@ B rows, N texts per row, S encoder positions, T decoder positions.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from mtllm_jax.train import Objective, TrainState, make_optimizer, train_step
 
 AnyMesh = Mesh | AbstractMesh
 Encoder = NLLBConfig | BertConfig
+Sizes = TypeVar("Sizes", bound=NLLBConfig | BertConfig | LlamaConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,8 @@ def abstract_mesh(config: MeshConfig, num_devices: int, platform: str) -> Abstra
 
 def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, texts: int = 1) -> Step:
     """The step of general adaptation, of models of these sizes. texts: N, packed in a row."""
-    training = config.adaptation.training
-    dtype = jnp.dtype(config.frozen_dtype)
+    training, dtype = config.adaptation.training, jnp.dtype(config.frozen_dtype)
+    encoder, llm = with_options(config, encoder), with_options(config, llm)
     encoder_module = _shapes_of(functools.partial(_new_encoder, encoder), dtype)
     llm_module = _shapes_of(lambda: Llama(llm, nnx.Rngs(0)), dtype)
 
@@ -122,6 +123,12 @@ def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, texts: int = 1) -
         for name, length in (shapes | {"example": texts}).items()
     }
     return Step(config, encoder, llm, run, state, both, batch, texts)
+
+
+def with_options(config: MTLLM, sizes: Sizes) -> Sizes:
+    """A model's config with what the recipe says of how its layers are run."""
+    options = ("remat", "unroll_layers", "attention")
+    return dataclasses.replace(sizes, **{name: getattr(config, name) for name in options})
 
 
 def _with_teacher(objective: Objective) -> Objective:

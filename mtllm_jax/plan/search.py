@@ -151,9 +151,8 @@ def with_training(config: MTLLM, **values: Any) -> MTLLM:
 
 def with_config(step: abstract.Step, config: MTLLM) -> abstract.Step:
     """The step for an estimate under another mesh, remat policy or batch; it is not to be run."""
-    return dataclasses.replace(
-        step, config=config, llm=dataclasses.replace(step.llm, remat=config.remat)
-    )
+    llm = abstract.with_options(config, step.llm)
+    return dataclasses.replace(step, config=config, llm=llm)
 
 
 def _step_of(step: abstract.Step, config: MTLLM) -> abstract.Step:

@@ -1,11 +1,10 @@
 """Sizes of the models that a plan is made for: published ones by name, or those of a folder.
 
-No weights are read, so a plan needs no checkpoints.
+No weights are read, so a plan needs no checkpoints. How layers are run is for `abstract.stage_1`.
 """
 
 import dataclasses
 import os
-from typing import Any
 
 from mtllm_jax.config import MTLLM
 from mtllm_jax.hf import bert, llama, nllb
@@ -59,19 +58,13 @@ LLMS = {
 }
 
 
-def _options(config: MTLLM) -> dict[str, Any]:
-    """How layers are run, as `stacking.load_parts` has it."""
-    return {name: getattr(config, name) for name in ("remat", "unroll_layers", "attention")}
-
-
 def encoder_sizes(config: MTLLM, name: str) -> NLLBConfig | BertConfig:
     """Of the encoder that the config names a folder of, of the mini NLLB, or of a published one."""
-    options = _options(config)
     if config.encoder:
-        return dataclasses.replace(_encoder_of(config.encoder), **options)
+        return _encoder_of(config.encoder)
     if config.mini_nllb is not None:
         mini = config.mini_nllb
-        found = NLLBConfig(
+        return NLLBConfig(
             vocab_size=mini.vocab_size,
             width=mini.width,
             encoder_layers=mini.encoder_layers,
@@ -81,10 +74,9 @@ def encoder_sizes(config: MTLLM, name: str) -> NLLBConfig | BertConfig:
             encoder_ffn=mini.ffn_width,
             decoder_ffn=mini.ffn_width,
         )
-        return dataclasses.replace(found, **options)
     if name not in ENCODERS:
         raise ValueError(f"--encoder is {name!r}; it must be one of {', '.join(ENCODERS)}.")
-    return dataclasses.replace(ENCODERS[name], **options)
+    return ENCODERS[name]
 
 
 def _encoder_of(folder: str | os.PathLike[str]) -> NLLBConfig | BertConfig:
@@ -96,13 +88,11 @@ def _encoder_of(folder: str | os.PathLike[str]) -> NLLBConfig | BertConfig:
 
 def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
     """Of the LLM that the config names a folder of, of the mini Llama, or of a published one."""
-    options = _options(config)
     if config.llm:
-        found = llama.config_from_hf(read_config(config.llm, LLAMA_FAMILIES))
-        return dataclasses.replace(found, **options)
+        return llama.config_from_hf(read_config(config.llm, LLAMA_FAMILIES))
     if config.mini_llama is not None:
         mini = config.mini_llama
-        found = LlamaConfig(
+        return LlamaConfig(
             vocab_size=mini.vocab_size,
             width=mini.width,
             num_layers=mini.num_layers,
@@ -111,7 +101,6 @@ def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
             head_width=mini.width // mini.num_heads,
             ffn_width=mini.ffn_width,
         )
-        return dataclasses.replace(found, **options)
     if name not in LLMS:
         raise ValueError(f"--llm is {name!r}; it must be one of {', '.join(LLMS)}.")
-    return dataclasses.replace(LLMS[name], **options)
+    return LLMS[name]

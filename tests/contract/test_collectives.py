@@ -25,7 +25,6 @@ ENCODER = NLLBConfig(
     decoder_heads=4,
     encoder_ffn=1024,
     decoder_ffn=1024,
-    remat="full",
 )
 LLM = LlamaConfig(
     vocab_size=512,
@@ -35,7 +34,6 @@ LLM = LlamaConfig(
     num_kv_heads=4,
     head_width=64,
     ffn_width=1024,
-    remat="full",
 )
 ROWS, LENGTH = 16, 64
 
@@ -52,7 +50,7 @@ def step():
         compute_dtype="float32",  # the CPU's compiler would change bfloat16 on its own
         frozen_dtype="float32",
     )
-    return abstract.stage_1(config, ENCODER, LLM, 1)
+    return abstract.stage_1(config, ENCODER, LLM)
 
 
 def mesh_of(**axes):

@@ -34,7 +34,7 @@ def step(models, trained="lora", remat="full", rows=256):
         recipe, trained=trained, remat=remat, adaptation=c.Adaptation(training=training)
     )
     encoder, llm = sizes.encoder_sizes(config, models[0]), sizes.llm_sizes(config, models[1])
-    return abstract.stage_1(config, encoder, llm, 1)
+    return abstract.stage_1(config, encoder, llm)
 
 
 def mesh_of(num_devices, platform="tpu", **axes):
