@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 # From the slowest network to the fastest: slices lie along data, neighbours along tensor.
 AXES = ("data", "fsdp", "context", "tensor")
@@ -101,8 +101,11 @@ def axis_size(axis: str) -> int:
 
 
 def ways(size: int, dim: str) -> int:
-    """Devices that a dim of this size is cut over."""
-    num = math.prod(axis_size(axis) for axis in _names(DIM_TO_AXIS[dim]))
+    """Devices that a dim of this size is yet to be cut over: inside `shard_map` it is cut."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = [name for name in _names(DIM_TO_AXIS[dim]) if kinds.get(name) == AxisType.Auto]
+    num = math.prod(mesh.shape[axis] for axis in axes)
     return num if size % num == 0 else 1
 
 
