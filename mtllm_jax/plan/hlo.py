@@ -124,7 +124,9 @@ def _group(line: str) -> int:
 
 def _received(kind: str, shape: str, start: bool, group: int) -> float:
     """Bytes that a chip receives; `shape` is of the result, beside the operands for a start."""
-    size = float(sum(map(_bytes, _SHAPE.finditer(shape))))
+    # Scalars beside a start's arrays are its own state.
+    arrays = [x for x in _SHAPE.finditer(shape) if x["sizes"] or not start]
+    size = float(sum(map(_bytes, arrays)))
     if kind == "collective-permute":
         return size / 2 if start else size
     if kind == "all-reduce":

@@ -14,7 +14,8 @@ from mtllm_jax import config as c
 from mtllm_jax import sharding
 from mtllm_jax.models.llama import LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
-from mtllm_jax.plan import abstract, hlo
+from mtllm_jax.plan import abstract, chips, hlo
+from mtllm_jax.plan.estimate import estimate
 
 ENCODER = NLLBConfig(
     vocab_size=512,
@@ -28,12 +29,12 @@ ENCODER = NLLBConfig(
 )
 LLM = LlamaConfig(
     vocab_size=512,
-    width=512,
+    width=1024,
     num_layers=5,
-    num_heads=8,
+    num_heads=16,
     num_kv_heads=4,
     head_width=64,
-    ffn_width=1024,
+    ffn_width=2048,
 )
 ROWS, LENGTH = 16, 64
 
@@ -88,3 +89,18 @@ def test_gradients_alone_cross_a_pure_data_mesh():
     assert {one.kind for one in found} == {"all-reduce"}
     gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step().state.trainable))
     assert hlo.by_kind(found)["all-reduce"] == pytest.approx(2 * 7 / 8 * gradients, rel=0.05)
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_layer_by_layer_under_fsdp():
+    """As often, and as many bytes, as the plan's arithmetic says."""
+    found = found_in(step().lower(mesh_of(fsdp=8)))
+    gathers = [one for one in found if one.kind == "all-gather"]
+    layers = [one for one in gathers if one.times > 1]
+    assert {one.times for one in layers} == {ENCODER.encoder_layers, LLM.num_layers}
+    # No more than one layer's largest matrix is ever gathered at a time.
+    assert max(one.bytes for one in gathers) == 4 * LLM.width * LLM.ffn_width * 7 / 8
+    config = dataclasses.replace(step().config, mesh=c.Mesh(data=1, fsdp=8))
+    planned = estimate(dataclasses.replace(step(), config=config), chips.topology("h100:8"))
+    wanted = planned.traffic["all-gather"]
+    assert hlo.by_kind(layers)["all-gather"] == pytest.approx(wanted, rel=0.05)

@@ -1,0 +1,268 @@
+"""launch/plan.py: its numbers against closed forms and real arrays, its answers, its JSON."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from configs.mtllm import llama3_8b, mini
+from mtllm_jax import config as c
+from mtllm_jax import sharding
+from mtllm_jax.plan import abstract, chips, compiled, search, sizes
+from mtllm_jax.plan.estimate import estimate
+from mtllm_jax.plan.plan import make_plan, numbers
+
+ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def step(**changes):
+    config = dataclasses.replace(llama3_8b(), **changes)
+    encoder, llm = sizes.encoder_sizes(config, "nllb-600m"), sizes.llm_sizes(config, "llama3-8b")
+    return abstract.stage_1(config, encoder, llm)
+
+
+def with_rows(rows, **values):
+    return search.with_config(
+        step(), search.with_training(step().config, batch_rows=rows, **values)
+    )
+
+
+# ---------------------------------------------------------------- machines and models
+
+
+@pytest.mark.parametrize(
+    ("name", "num_chips", "gbps"),
+    [
+        ("v5e:4x4", 16, 2 * 50),  # a corner has a neighbour in each direction
+        ("v5e:16x16", 256, 4 * 50),  # both dims close to rings
+        ("v6e:2x4", 8, 2 * 100),
+        ("v5p:4x4x4", 64, 6 * 100),
+        ("v5p:2x2x1", 4, 2 * 100),
+        ("h100:8", 8, 450),
+        ("h100:1", 1, 0),
+    ],
+)
+def test_topologies(name, num_chips, gbps):
+    machine = chips.topology(name)
+    assert (machine.num_chips, machine.network) == (num_chips, gbps)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (chips.topology, "v5e", r"--topology is 'v5e'; it must be one of v5e, v6e, .*v5p:4x4x4"),
+        (chips.topology, "v9:4x4", r"--topology is 'v9:4x4'; it must be one of v5e"),
+        (chips.topology, "v5e:4", r"--topology is 'v5e:4'; v5e has 2 positive sizes"),
+        (chips.topology, "v5p:4x0x4", r"--topology is 'v5p:4x0x4'; v5p has 3 positive sizes"),
+        (chips.one_gpu, 32, r"--gpu is 32; it must be one of 24, 48, 80, 141"),
+    ],
+)
+def test_machines_that_are_none_are_refused(make, given, message):
+    with pytest.raises(ValueError, match=message):
+        make(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),  # as published, of the LLM all of them
+    [("llama3-8b", 8030.26), ("llama3-70b", 70553.71)],
+)
+def test_published_llms_have_their_number_of_weights(name, millions):
+    config = dataclasses.replace(mini(), mini_llama=None)
+    llm = sizes.llm_sizes(config, name)
+    shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: abstract.Llama(llm, nnx.Rngs(0)))))
+    assert sum(x.size for x in shapes) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_sizes_come_from_folders_and_from_the_recipe(tmp_path):
+    values = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80,
+              "rms_norm_eps": 1e-5, "architectures": ["LlamaForCausalLM"]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    folder = sizes.llm_sizes(dataclasses.replace(llama3_8b(), llm=str(tmp_path)), "unread")
+    assert (folder.width, folder.num_layers, folder.ffn_width) == (64, 3, 80)
+    assert sizes.llm_sizes(mini(), "unread").width == mini().mini_llama.width
+    assert sizes.encoder_sizes(mini(), "unread").encoder_ffn == mini().mini_nllb.ffn_width
+    for of, flag in ((sizes.encoder_sizes, "encoder"), (sizes.llm_sizes, "llm")):
+        with pytest.raises(ValueError, match=rf"--{flag} is 'huge'; it must be one of"):
+            of(llama3_8b(), "huge")
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_what_lies_on_a_chip_is_what_placing_arrays_puts_there():
+    """Frozen, trained and optimizer state on eight devices, some arrays cut and some whole."""
+    sizes_ = dataclasses.replace(sizes.LLMS["llama3-8b"], width=256, ffn_width=512, num_layers=2)
+    llm = dataclasses.replace(sizes_, num_heads=8, head_width=32, vocab_size=1001)
+    encoder = dataclasses.replace(sizes.ENCODERS["nllb-600m"], width=128, vocab_size=1001)
+    config = dataclasses.replace(llama3_8b(), mesh=c.Mesh(data=2, fsdp=2, tensor=2))
+    small = abstract.stage_1(search.with_training(config, batch_rows=8), encoder, llm)
+    machine = chips.topology("h100:8")
+    found = estimate(small, machine).memory
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:8])
+
+    def placed(tree):
+        arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+        leaves = jax.tree.leaves(sharding.place(arrays, mesh))
+        return sum(x.addressable_shards[0].data.nbytes for x in leaves)
+
+    assert found.frozen == placed(small.frozen)
+    assert found.trainable == placed(small.state.trainable)
+    assert found.optimizer == placed(small.state.opt_state)
+
+
+def test_the_llm_lies_there_once_with_adapters_and_twice_without():
+    machine = chips.topology("v5p:4x4x4")
+    lora, all_ = (estimate(step(trained=t), machine).memory for t in ("lora", "all"))
+    weights = 2 * 8.03e9 / 64
+    assert lora.frozen == pytest.approx(weights, rel=0.06)  # and the encoder's 0.4e9
+    assert lora.trainable * 64 == pytest.approx(4 * (41_943_040 + 1025 * 4096), rel=0.01)
+    assert lora.optimizer == pytest.approx(2 * lora.trainable, rel=0.01)
+    # The student's layers in float32 with two moments, the teacher's in bfloat16.
+    layers = 4 * 6.98e9 / 64
+    assert all_.trainable == pytest.approx(layers, rel=0.01)
+    assert all_.optimizer == pytest.approx(2 * layers, rel=0.01)
+
+
+def test_activations_grow_with_rows_and_shrink_with_micro_batches():
+    machine = chips.topology("v5e:4x4")
+
+    def activations(rows, accumulation=1):
+        return estimate(with_rows(rows, accumulation=accumulation), machine).memory.activations
+
+    one, two, four = (activations(rows) for rows in (64, 128, 256))
+    assert two - one == pytest.approx((four - two) / 2)
+    assert activations(256, 4) == pytest.approx(one, rel=0.02)  # gradients lie there twice
+
+
+# ---------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("machine", [chips.topology("v5e:4x4"), chips.one_gpu(24)])
+def test_the_largest_batch_fits_and_a_larger_one_does_not(machine):
+    rows = search.largest_batch(step(), machine)
+    assert rows > 0 and rows % machine.num_chips == 0
+    assert search.fits(estimate(with_rows(rows), machine).memory, machine)
+    larger = estimate(with_rows(rows + machine.num_chips), machine).memory
+    assert not search.fits(larger, machine)
+
+
+def test_what_does_not_fit_is_answered_with_what_would():
+    plan = make_plan(step(), chips.one_gpu(24), by_compiler=False)
+    assert not plan.fits and plan.changes[0].fits
+    flag, _, times = plan.changes[0].flags.rpartition("=")
+    assert flag == "--config.adaptation.training.accumulation"
+    assert search.fits(estimate(with_rows(256, accumulation=int(times)), plan.machine).memory,
+                       plan.machine)  # fmt: skip
+    fewer = estimate(with_rows(256, accumulation=int(times) // 2), plan.machine).memory
+    assert not search.fits(fewer, plan.machine)
+
+
+def test_where_nothing_fits_alone_all_changes_are_tried_together():
+    everything = step(trained="all", remat="none", frozen_dtype="float32")
+    plan = make_plan(everything, chips.one_gpu(80), by_compiler=False)
+    assert not any(change.fits for change in plan.changes[:-1])
+    last = plan.changes[-1]
+    assert last.fits and last.flags.split() == [
+        "--config.remat=full",
+        "--config.frozen_dtype=bfloat16",
+        "--config.trained=lora",
+        "--config.adaptation.training.accumulation=256",
+    ]
+
+
+def test_a_sweep_holds_what_fits_the_fastest_first():
+    machine = chips.topology("v5e:4x4")
+    found = search.sweep(step(), machine)
+    times = [one.estimate.seconds.roofline for one in found]
+    assert times == sorted(times)
+    meshes = set()
+    for one in found:
+        mesh, training = one.config.mesh, one.config.adaptation.training
+        assert mesh.data * mesh.fsdp * mesh.tensor == 16
+        assert training.batch_rows % (mesh.data * mesh.fsdp * training.accumulation) == 0
+        assert search.fits(one.estimate.memory, machine)
+        meshes.add((mesh.data, mesh.fsdp, mesh.tensor))
+    assert (1, 16, 1) in meshes and (16, 1, 1) not in meshes  # 17 GB of weights on each chip
+
+
+# ---------------------------------------------------------------- the numbers, and the command
+
+
+def test_times_are_those_of_the_data_sheet():
+    plan = make_plan(step(), chips.topology("v5e:4x4"), by_compiler=False)
+    values = numbers(plan)
+    assert values["step_seconds"]["compute"] == values["flops_per_step"] / (16 * 197e12)
+    received = sum(values["collective_gb_per_chip"].values())
+    assert values["step_seconds"]["network"] == pytest.approx(received / 100, rel=1e-3)
+    assert values["bound_by"] == "compute"
+    seconds = values["step_seconds_roofline"]
+    assert values["tokens_per_second_per_chip"] == pytest.approx(256 * 512 / 16 / seconds)
+    assert values["chip_hours"] == pytest.approx(10_000 * 16 * seconds / 3600)
+    assert values["mfu_at_roofline"] == pytest.approx(
+        values["model_flops_per_step"] / values["flops_per_step"]
+    )
+
+
+def launched(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "launch" / "plan.py", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_command_prints_and_writes_the_same_numbers(tmp_path):
+    config = f"--config={ROOT}/configs/mtllm.py:llama3-8b"
+    done = launched(config, "--gpu=24", f"--json={tmp_path}/plan.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values["source"] == "analytic" and not values["fits"]
+    assert f"{values['step_seconds_roofline']:.3f} s a step at best" in done.stdout
+    assert f"has {values['largest_batch']} rows" in done.stdout
+    assert values["suggestions"][0]["flags"] in done.stdout
+    assert math.isclose(sum(values["hbm_gb_by_kind"].values()), values["hbm_gb_per_chip"],
+                        abs_tol=1e-3)  # fmt: skip
+    assert f"{values['hbm_gb_per_chip']:.2f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of --topology=v5e:4x4 and --gpu=24 is needed"),
+        (["--gpu=24", "--topology=v5e:4x4"], "and only one"),
+        (["--topology=v5e:4x5", "--analytic"], "batch_rows is 256; it must be a multiple of 20"),
+        (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "must multiply to the 16 devices"),
+        (["--gpu=24", "--texts=0"], "--texts is 0; it must be at least 1"),
+    ],
+)
+@pytest.mark.slow
+def test_mistakes_are_answered_in_a_sentence(arguments, message):
+    done = launched(f"--config={ROOT}/configs/mtllm.py:llama3-8b", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(not compiled.is_there(), reason="libtpu is in the extra 'plan'")
+@pytest.mark.slow
+def test_the_compiler_of_tpus_agrees_on_a_small_model():
+    llm = dataclasses.replace(sizes.LLMS["llama3-8b"], width=1024, ffn_width=2048, num_layers=3)
+    llm = dataclasses.replace(llm, num_heads=8, vocab_size=1024)
+    encoder = dataclasses.replace(sizes.ENCODERS["nllb-600m"], encoder_layers=3, vocab_size=1024)
+    small = abstract.stage_1(search.with_training(llama3_8b(), batch_rows=16), encoder, llm)
+    plan = make_plan(small, chips.topology("v5e:4x4"), by_compiler=True)
+    assert isinstance(plan.found, compiled.Compiled) and plan.fits
+    gathered = plan.found.traffic["all-gather"] + plan.found.traffic.get("collective-permute", 0)
+    assert gathered == pytest.approx(plan.estimate.traffic["all-gather"], rel=0.1)
