@@ -216,6 +216,7 @@ def main() -> None:
     root = Path(__file__).parents[1]
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=root, text=True).strip()
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     table = [("checkpoint", "what", "measure", "value"), ("---",) * 4, *rows]
     lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
@@ -223,7 +224,7 @@ def main() -> None:
 
     MTLLM_MODELS=MODELS MTLLM_DATA=DATA {COMMAND}
 
-{os.cpu_count()} CPU cores ({cpu[0].split(":")[1].strip()}), Python {platform.python_version()},
+{cores} CPU cores ({cpu[0].split(":")[1].strip()}), Python {platform.python_version()},
 {versions}; commit {commit[:12]}.
 {seconds:.0f} s in all, at a load average of {os.getloadavg()[0]:.1f} at the end.
 

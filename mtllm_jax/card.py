@@ -34,6 +34,10 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
     """
     bases = [_base("MT encoder", run.given.encoder, run.config.encoder)]
     bases.append(_base("LLM", run.given.llm, run.config.llm))
+    adapters = zip(run.given.llm_adapters, run.config.llm_adapters, strict=True)
+    bases += [_base("adapter merged into the LLM", *names) for names in adapters]
+    if run.given.trained == "lora" and (start := run.given.lora.start):
+        bases.append(_base("what the LLM's own adapter started from", start, start))
     licences = {base["licence"] for base in bases}
     same = licences.pop() if len(licences) == 1 and all(base["hub"] for base in bases) else None
     data = ModelCardData(

@@ -139,7 +139,7 @@ def _parse(argv: list[str], usage: str, schema: Schema | None) -> tuple[Any, ...
     argv = flags.FLAGS.read_flags_from_files(argv)
     # Otherwise absl stops at the first positional and leaves every flag behind it unread.
     flags.FLAGS.set_gnu_getopt(True)
-    known = {flag.name: flag.flag_type() for flag in own_flags}
+    known = {flag.name: _kind(flag) for flag in own_flags}
     if schema is None:
         _parse_flags(argv, known)
         return ()
@@ -154,6 +154,12 @@ def _parse(argv: list[str], usage: str, schema: Schema | None) -> tuple[Any, ...
     config_flags.DEFINE_config_dict("config", typed, sys_argv=rest)
     _parse_flags(rest, known | {path: wanted(kind) for path, kind in kinds.items()})
     return (resolve(config_class, flags.FLAGS["config"].value),)
+
+
+def _kind(flag: flags.Flag) -> str:
+    """What a flag's value must be."""
+    values = getattr(flag.parser, "enum_values", None)
+    return f"one of {', '.join(values)}" if values else str(flag.flag_type())
 
 
 def _help(usage: str, own_flags: list[flags.Flag], schema: Schema | None) -> str:

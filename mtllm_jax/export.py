@@ -6,8 +6,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from mtllm_jax.card import model_card
+from mtllm_jax.hf.encoder import has_decoder
+from mtllm_jax.hf.files import is_remote
 from mtllm_jax.hf.llama import save_llama
-from mtllm_jax.hf.nllb import check_nllb, load_nllb, save_nllb
+from mtllm_jax.hf.nllb import load_nllb, save_nllb
 from mtllm_jax.hf.peft import difference_as_lora, save_peft
 from mtllm_jax.hf.stack import save_stack
 from mtllm_jax.metrics import Console
@@ -33,9 +35,12 @@ def export(
     = full. dtype: of the tensors written; None = as in the run. ValueError for what does not fit
     the run, before any weight is read.
     """
+    if is_remote(to):
+        raise ValueError(f"--to={to} is remote; it must be a local folder, to be copied from.")
     folder = Path(to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--to={to} exists and is not empty; choose another folder.")
+        what = "is a file" if folder.is_file() else "is not empty"
+        raise ValueError(f"--to={to} exists and {what}; choose another folder.")
     run = open_run(run_folder)
     if run.config.trained == "all" and adapters == "kept":
         raise ValueError(f"--adapters is 'kept', but {run.path} trained all layers and has none.")
@@ -45,8 +50,10 @@ def export(
         )
     if rank is not None and rank < 1:
         raise ValueError(f"--rank is {rank}; it must be at least 1.")
-    if format == "nllb":
-        check_nllb(run.config.encoder)
+    if format == "nllb" and not has_decoder(run.config.encoder):
+        raise ValueError(
+            f"--format is 'nllb', but the encoder of {run.path} is no translation model."
+        )
     with console.stage(f"{format}: {run.path} → {folder}"):
         match format:
             case "hf":
@@ -101,6 +108,9 @@ def _adapter(
     elif run.config.distillation.start == "stage1+teacher":
         tuned = lora.joined(parts.llm, teacher.llm, tuned)
     base = run.given.llm or run.config.llm
+    if run.given.llm_adapters:
+        # Not a model's name: what takes it for one must fail, not adapt the plain LLM.
+        base += f" with {', '.join(run.given.llm_adapters)} merged, as --format=llama writes it"
     save_peft(folder, parts.llm, tuned, base_name=base, dtype=dtype)
     if lost:
         console.print(f"rank {rank} leaves out up to {lost:.1%} of what a linear map has learnt")

@@ -362,7 +362,10 @@ def _load(folder: str) -> Any:
         )
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Code in the folder is neither run nor asked about: tokenizers here need none.
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # what tokenizers raises for a damaged file is no subclass
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
             raise ValueError(

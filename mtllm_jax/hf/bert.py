@@ -1,5 +1,6 @@
 """BERT, XLM-R and RoBERTa checkpoints, the encoder alone: folders in and out."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -174,6 +175,9 @@ def config_from_values(source: Mapping[str, Any], where: str) -> BertConfig:
         if type(values.get(name)) not in kinds:
             found = values.get(name)
             raise ValueError(f"{where}: {name} is {found!r}; it must be {kinds[0].__name__}")
+    eps = values["layer_norm_eps"]
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{where}: layer_norm_eps is {eps!r}; it must be a number above 0")
     try:
         return BertConfig(**{ours: values[theirs] for ours, theirs in _FIELDS.items()})
     except ValueError as error:

@@ -49,6 +49,7 @@ __all__ = [
     "Tensors",
     "check_fit",
     "check_tied",
+    "check_unquantised",
     "copy_tokenizer_files",
     "export_tensors",
     "load_into",
@@ -77,11 +78,14 @@ def read_config(folder: str | os.PathLike, model_types: Sequence[str]) -> dict[s
     if not isinstance(config, dict) or config.get("model_type") not in model_types:
         found = config.get("model_type") if isinstance(config, dict) else None
         raise ValueError(f"{files.path(name)}: model_type is {found!r}; it may be {allowed}")
-    if config.get("quantization_config"):
-        raise ValueError(
-            f"{files.path(name)}: quantised weights cannot be read; take the unquantised ones"
-        )
+    check_unquantised(config, files.path(name))
     return config
+
+
+def check_unquantised(config: Mapping[str, Any], where: str) -> None:
+    """ValueError for the config of a model whose weights are not plain numbers."""
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise ValueError(f"{where}: quantised weights cannot be read; take the unquantised ones")
 
 
 # ------------------------------------------------------------------ in

@@ -179,6 +179,8 @@ def config_from_hf(source: Mapping[str, Any]) -> LlamaConfig:
         raise ValueError(f"hidden_act is {activation!r}; only 'silu' is supported")
     num_heads, num_kv_heads, head_width = _heads(source)
     eos = source.get("eos_token_id")
+    if not isinstance(tied := source.get("tie_word_embeddings", False), bool | None):
+        raise ValueError(f"tie_word_embeddings is {tied!r}; it must be true or false")
     theta, scaling = _rope(source)
     return LlamaConfig(
         vocab_size=_count(source, "vocab_size"),
@@ -389,7 +391,7 @@ def _count(source: Mapping[str, Any], field: str) -> int:
 
 
 def _positive(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{field} is {value!r}; it must be a number above 0")
     return float(value)
 

@@ -45,6 +45,7 @@ from mtllm_jax.hf.files import TOKENIZER_CONFIG, local_files
 from mtllm_jax.hf.folder import (
     OutTensor,
     Tensors,
+    check_unquantised,
     copy_tokenizer_files,
     export_tensors,
     load_into,
@@ -408,7 +409,7 @@ def _open(folder: str | os.PathLike) -> tuple[StackConfig, Tensors, _Names]:
 
 def _config_of_ours(source: Mapping[str, Any], where: str) -> StackConfig:
     kind = source.get("head")
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise ValueError(f"{where}: head is {kind!r}; it may be {', '.join(_CLASSES)}")
     for name, wanted in (
         ("bidirectional", bool),
@@ -420,8 +421,10 @@ def _config_of_ours(source: Mapping[str, Any], where: str) -> StackConfig:
             raise ValueError(f"{where}: {name} is {found!r}; it must be {wanted.__name__}")
     llm = _llm_config(source, "llm_config", where)
     ours = {theirs: name for name, theirs in _projections(llm).items()}
-    lora = {}
-    for name, adapter in (source.get("lora") or {}).items():
+    lora, given = {}, source.get("lora") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: lora is {given!r}; it must be an object or null")
+    for name, adapter in given.items():
         if name not in ours:
             raise ValueError(f"{where}: lora has {name!r}; it may have {', '.join(ours)}")
         match adapter:
@@ -491,6 +494,7 @@ def _complete(
     if (found := values.get("model_type")) not in model_types:
         allowed = ", ".join(model_types)
         raise ValueError(f"{where}: {name}.model_type is {found!r}; it may be {allowed}")
+    check_unquantised(values, f"{where}: {name}")
     try:
         return AutoConfig.for_model(**values).to_dict()
     except StrictDataclassError as error:

@@ -164,7 +164,9 @@ def _entry(path: str, file: str, name: str, found: Any, data: int) -> _Entry:
     try:
         dtype, shape = found["dtype"], tuple(found["shape"])
         begin, end = found["data_offsets"]
-        is_whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        counts = (*shape, begin, end)
+        is_whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in counts)
+        is_whole = is_whole and begin <= end
     except (TypeError, KeyError, ValueError):
         is_whole = False
     if not is_whole:

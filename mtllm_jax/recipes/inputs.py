@@ -72,6 +72,9 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     mesh = sharding.make_mesh(config.mesh)
     for where, training in config.stages().items():
         sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows")
+        for side in SIDES[where]:
+            field = f"{side}_length"
+            sharding.check_length(getattr(training, field), mesh, f"{where}.{field}")
     sharding.check_rows(config.evaluation.batch_rows, mesh, "evaluation.batch_rows")
     with naming("attention"):
         check_attention(

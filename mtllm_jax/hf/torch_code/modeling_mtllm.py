@@ -99,6 +99,8 @@ class MTLLMModel(PreTrainedModel):
         lang: a code of `config.languages`, or one for each text; an encoder that is told none reads
         all alike. A text of more than `config.max_source_length` tokens loses its end.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         length = self.config.max_source_length
         rows = self._tokenized(texts, lang, truncation=True, max_length=length)["input_ids"]
         vectors = torch.empty(len(rows), self.config.hidden_size)
