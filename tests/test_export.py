@@ -71,7 +71,11 @@ def classifier(folder: Path):
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("mini_run", []), ("own_run", []), ("own_run", ["--adapters=kept"])],
+    [
+        ("mini_run", []),
+        pytest.param("own_run", [], marks=pytest.mark.slow),
+        ("own_run", ["--adapters=kept"]),
+    ],
     ids=["all trained", "merged", "kept"],
 )
 def test_torch_predicts_what_the_run_predicted(name, flags, exported, request):
@@ -107,6 +111,12 @@ def test_both_tokenizers_and_the_card(exported, mini_run):
     assert all(word in card.text for word in words)
 
 
+def test_opening_an_export_does_not_ask_to_run_its_code(exported, mini_run, monkeypatch):
+    folder = exported(mini_run, "--format=hf")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    assert mtllm_jax.load(folder).labels
+
+
 @pytest.mark.parametrize("name", ["mini_run", "own_run"])
 def test_the_adapter_on_the_original_llm_is_the_students_llm(name, exported, request):
     """PEFT on the LLM that the run started from = the LLM inside the exported stack."""
@@ -129,6 +139,7 @@ def test_the_adapter_on_the_original_llm_is_the_students_llm(name, exported, req
     assert float((before - states).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_truncated_adapter_is_smaller(exported, mini_run):
     sizes = [
         (exported(mini_run, "--format=peft", *rank) / "adapter_model.safetensors").stat().st_size
@@ -155,6 +166,7 @@ def test_the_models_that_the_run_started_from(kind, auto, part, exported, mini_r
     )
 
 
+@pytest.mark.slow
 def test_dtype(exported, mini_run):
     folder = exported(mini_run, "--format=llama", "--dtype=bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -168,7 +180,8 @@ def test_dtype(exported, mini_run):
         (["--workdir={run}"], "--to is missing"),
         (["--workdir={run}", "--to={run}"], "exists and is not empty"),
         (["--workdir={run}/text", "--to=new"], "holds no config.json"),
-        (["--workdir={run}", "--to=new", "--format=onnx"], "onnx"),
+        (["--workdir={run}", "--to=gs://b/new"], "is remote; it must be a local folder"),
+        (["--workdir={run}", "--to=new", "--format=onnx"], "must be one of hf, peft, llama, nllb"),
         (["--workdir={run}", "--to=new", "--adapters=kept"], "trained all layers and has none"),
         (["--workdir={run}", "--to=new", "--rank=4"], "--rank has no effect with --format=hf."),
         (["--workdir={run}", "--to=new", "--format=peft", "--rank=0"], "rank is 0"),

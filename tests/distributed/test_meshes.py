@@ -19,9 +19,12 @@ from mtllm_jax import sharding
 from mtllm_jax.config import Mesh
 from mtllm_jax.train import TrainState, make_optimizer, train_step
 
-pytestmark = pytest.mark.skipif(
-    len(jax.devices()) < 8, reason="needs the eight simulated devices of conftest"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        len(jax.devices()) < 8, reason="needs the eight simulated devices of conftest"
+    ),
+]
 
 TOLERANCE = 2e-5
 ONE = Mesh(1, 1, 1)

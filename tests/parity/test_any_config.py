@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,8 @@ from torch_models import (
 from mtllm_jax.hf.llama import load_llama, save_llama
 from mtllm_jax.hf.nllb import load_nllb, save_nllb
 from mtllm_jax.models.llama import FAMILIES
+
+pytestmark = pytest.mark.slow
 
 ON = SEGMENTS > 0
 scalings = st.one_of(
