@@ -182,9 +182,9 @@ def test_noise_is_shared_within_a_text_and_only_there():
 
 
 def test_a_copy_shares_nothing_that_changes_in_place():
-    llm = stacking.copy(tiny.parts().llm)
+    llm = nnx.clone(tiny.parts().llm)
     before = np.asarray(llm.embedding[...]).copy()
-    other = stacking.copy(llm)
+    other = nnx.clone(llm)
     tiny.randomised(other, 0)
     np.testing.assert_array_equal(llm.embedding[...], before)
     assert np.any(np.asarray(other.embedding[...]) != before)

@@ -169,7 +169,7 @@ def distillation(config: c.MTLLM) -> Stage:
 
 
 def mt_encoder(config: c.MTLLM) -> Stage:
-    encoder = stacking.copy(parts().encoder)
+    encoder = nnx.clone(parts().encoder)
     lora.attach(encoder, rank=4, alpha=8, dropout=0.0, targets=("all",), rngs=rngs())
     head = classification_head(ENCODER.width, CLASSES, rngs())
     model = randomised(stacking.EncoderClassifier(encoder, head), 5)

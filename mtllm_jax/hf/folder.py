@@ -41,6 +41,7 @@ from mtllm_jax.hf.files import TOKENIZER_CONFIG, TOKENIZER_FILES, Files, is_remo
 from mtllm_jax.hf.reading import read_parameter
 from mtllm_jax.hf.tensors import SHARD_BYTES, OutTensor, Progress, Tensors, write_tensors
 from mtllm_jax.hf.tokenizer_config import readable_config
+from mtllm_jax.models import lora
 from mtllm_jax.models.layers import Linear
 
 __all__ = [
@@ -279,13 +280,7 @@ def _layer(stacks: Any, layer: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _merged(
-    kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float, *, dtype: np.dtype
-) -> jax.Array:
-    kernel, lora_a, lora_b = (x.astype(jnp.float32) for x in (kernel, lora_a, lora_b))
-    update = jnp.matmul(lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
-    return (kernel + scale * update).astype(dtype)
+_merged = jax.jit(lora.merged, static_argnames="dtype")
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

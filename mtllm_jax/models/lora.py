@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from mtllm_jax.models.layers import Linear, LoRAParam, param
 
@@ -145,6 +146,15 @@ def add(
     linear.kernel.set_value(_merge_into(place, donate)(kernel, lora_a, lora_b, scale))
 
 
+def merged(
+    kernel_IO: Array, a_IR: Array, b_RO: Array, scale: Array | float, dtype: DTypeLike
+) -> Array:
+    """kernel + scale · A B, summed in float32: [I, O] in `dtype`."""
+    wide_IO, a_IR, b_RO = (x.astype(jnp.float32) for x in (kernel_IO, a_IR, b_RO))
+    update_IO = jnp.matmul(a_IR, b_RO, precision=jax.lax.Precision.HIGHEST)
+    return (wide_IO + scale * update_IO).astype(dtype)
+
+
 @functools.cache
 def _merge_into(place: jax.sharding.Sharding | None, donate: bool) -> Callable[..., Array]:
     """Jitted (kernel, A, B, scale) → merged kernel at `place`; None = where the kernel lies."""
@@ -154,17 +164,12 @@ def _merge_into(place: jax.sharding.Sharding | None, donate: bool) -> Callable[.
 def _merged(kernel: Array, lora_a: Array, lora_b: Array, scale: Array) -> Array:
     """kernel [I, O], A [I, R] and B [R, O], or all with a leading L."""
 
-    def one(kernel_IO: Array, a_IR: Array, b_RO: Array) -> Array:
-        wide_IO, a_IR, b_RO = (x.astype(jnp.float32) for x in (kernel_IO, a_IR, b_RO))
-        update_IO = jnp.matmul(a_IR, b_RO, precision=jax.lax.Precision.HIGHEST)
-        return (wide_IO + scale * update_IO).astype(kernel.dtype)
-
     def put(layer: Array, kernel_LIO: Array) -> Array:
-        merged_IO = one(kernel_LIO[layer], lora_a[layer], lora_b[layer])
-        return kernel_LIO.at[layer].set(merged_IO)
+        one = kernel_LIO[layer], lora_a[layer], lora_b[layer]
+        return kernel_LIO.at[layer].set(merged(*one, scale, kernel.dtype))
 
     if kernel.ndim == 2:
-        return one(kernel, lora_a, lora_b)
+        return merged(kernel, lora_a, lora_b, scale, kernel.dtype)
     return jax.lax.fori_loop(0, kernel.shape[0], put, kernel)
 
 

@@ -84,13 +84,6 @@ def load_parts(
     )
 
 
-def copy(module: Any) -> Any:
-    """A module of its own on the same arrays: changing one in place leaves the other alone."""
-    graph, state = nnx.split(module)
-    # merge takes the variables as they are; the map puts each array into a new one.
-    return nnx.merge(graph, jax.tree.map(lambda x: x, state))
-
-
 def is_trained(config: MTLLM) -> Any:
     """The filter for what learns: the bridge, heads, and the LLM's adapters or all its layers."""
     parts = nnx.Any(nnx.PathContains("bridge"), nnx.PathContains("head"))
@@ -107,7 +100,7 @@ def with_adapters(config: MTLLM, llm: Llama, seed: int, start: str = "") -> Llam
 
     start: the PEFT folder that the factors are taken from; "" = fresh ones.
     """
-    llm = copy(llm)
+    llm = nnx.clone(llm)
     if config.trained == "lora" and start:
         attach_peft(llm, start, rngs=nnx.Rngs(seed), dropout=config.lora.dropout)
         return llm
@@ -135,7 +128,7 @@ def build_stack(config: MTLLM, parts: Parts, seed: int, start: str = "") -> Stac
     scale = float(jnp.sqrt(jnp.mean(jnp.square(embedding_VD))))
     bridge = Bridge(parts.encoder.config.width, parts.llm.config.width, scale, nnx.Rngs(seed))
     llm = with_adapters(config, parts.llm, seed + 1, start)
-    return Stack(copy(parts.encoder), bridge, llm)
+    return Stack(nnx.clone(parts.encoder), bridge, llm)
 
 
 # ---------------------------------------------------------------- stage 1: general adaptation
@@ -399,7 +392,7 @@ def add_difference(student: Llama, tuned: Llama, base: Llama) -> None:
 
     Adapters of `tuned` count as the kernels they stand for.
     """
-    tuned = copy(tuned)
+    tuned = nnx.clone(tuned)
     lora.merge(tuned)
     base_state = dict(nnx.to_flat_state(nnx.state(base)))
     tuned_state = dict(nnx.to_flat_state(nnx.state(tuned)))
@@ -504,7 +497,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Classification) -> 
     config, seed = job.config, job.stage_seed("mt_encoder")
     training = config.mt_encoder
     with job.stage("mt_encoder", "baseline, MT encoder + head") as stage:
-        encoder = copy(parts.encoder)
+        encoder = nnx.clone(parts.encoder)
         _attach(config, encoder, ("all",), seed)
         head = classification_head(encoder.config.width, len(task.labels), nnx.Rngs(seed + 1))
         model = EncoderClassifier(encoder, head)
