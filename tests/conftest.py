@@ -1,6 +1,9 @@
 """What every test finds: eight simulated devices, strict shapes, no hub, the real data if any."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # JAX reads these once, at its first import: nothing above may import it. Arrays live on the first
 # device unless a test spreads them, so a test without a mesh does not pay for the other seven.
@@ -10,12 +13,17 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where transformers copies a folder's code before it runs it, read at its first import too. One
+# folder for all: once code was run from one, Python looks for its neighbours there alone.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
 from pathlib import Path
 
 import jax
 import pytest
 import reduced
+
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # [B, S] + [S] is a mistake here until someone writes it out.
 jax.config.update("jax_numpy_rank_promotion", "raise")

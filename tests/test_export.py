@@ -31,16 +31,6 @@ def export(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory):
-    """Where transformers copies a folder's code before it runs it."""
-    patch = pytest.MonkeyPatch()
-    cache = str(tmp_path_factory.mktemp("modules"))
-    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """(run, format, other flags) → the folder exported, each made once."""

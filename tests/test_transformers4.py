@@ -145,7 +145,7 @@ def found(environment, root, stacks, llms, translator):
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_stacks(name, found, stacks, root, monkeypatch):
+def test_stacks(name, found, stacks, root):
     """As the stack itself, and as transformers 5 reads the same folder."""
     _, _, kind, options = STACKS[name]
     folder, ours, theirs = root / f"stack-{name}", stacks[name], found[f"stack-{name}"]
@@ -158,8 +158,6 @@ def test_stacks(name, found, stacks, root, monkeypatch):
     rows = ours.source.encode(TEXTS, "eng_Latn")  # which a tokenizer takes if it is not told
     assert theirs["tokens"] == [row.tolist() for row in rows]
 
-    cache = str(root / "modules5")
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
     auto = {
         "none": transformers.AutoModel,
         CLASSIFY: transformers.AutoModelForSequenceClassification,

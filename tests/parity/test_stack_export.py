@@ -49,16 +49,6 @@ AUTO = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory):
-    """Where transformers copies a folder's code before it runs it."""
-    patch = pytest.MonkeyPatch()
-    cache = str(tmp_path_factory.mktemp("modules"))
-    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(encoder, LLM family) → Made, each made once."""
