@@ -148,7 +148,7 @@ def adaptation(config: c.MTLLM) -> Stage:
     graph, trainable, frozen = nnx.split(stack, stacking.is_trained(config), ...)
     teacher_graph, teacher = nnx.split(parts().llm)
     objective = stacking.adaptation_objective(config, graph, teacher_graph)
-    frozen = {"stack": frozen, "teacher": teacher}
+    frozen = stacking.adaptation_frozen(config, frozen, teacher)
     return Stage(graph, trainable, frozen, objective, texts("source", "target"), {})
 
 

@@ -22,9 +22,8 @@ from mtllm_jax.models.layers import split
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 from mtllm_jax.models.stack import Stack
-from mtllm_jax.objectives import Terms
 from mtllm_jax.recipes import stacking
-from mtllm_jax.train import Objective, TrainState, make_optimizer, train_step
+from mtllm_jax.train import TrainState, make_optimizer, train_step
 
 AnyMesh = Mesh | AbstractMesh
 Encoder = NLLBConfig | BertConfig
@@ -109,10 +108,7 @@ def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, texts: int = 1) -
         trainable,
     )
     objective = stacking.adaptation_objective(config, graph, teacher_graph)
-    both = {"stack": frozen, "teacher": teacher}
-    if config.trained == "lora":
-        # Beside its adapters the student's LLM is the teacher: the same arrays in memory.
-        both, objective = {"stack": frozen}, _with_teacher(objective)
+    both = stacking.adaptation_frozen(config, frozen, teacher)
     run = functools.partial(
         train_step, objective=objective, optimizer=optimizer, accumulation=training.accumulation
     )
@@ -129,14 +125,6 @@ def with_options(config: MTLLM, sizes: Sizes) -> Sizes:
     """A model's config with what the recipe says of how its layers are run."""
     options = ("remat", "unroll_layers", "attention")
     return dataclasses.replace(sizes, **{name: getattr(config, name) for name in options})
-
-
-def _with_teacher(objective: Objective) -> Objective:
-    def with_teacher(trainable: nnx.State, frozen: Any, batch: Any, key: jax.Array) -> Terms:
-        stack = frozen["stack"]
-        return objective(trainable, {"stack": stack, "teacher": stack["llm"]}, batch, key)
-
-    return with_teacher
 
 
 def laid(tree: Any, mesh: AnyMesh) -> Any:

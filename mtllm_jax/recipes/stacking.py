@@ -134,16 +134,25 @@ def build_stack(config: MTLLM, parts: Parts, seed: int, start: str = "") -> Stac
 # ---------------------------------------------------------------- stage 1: general adaptation
 
 
+def adaptation_frozen(config: MTLLM, stack: nnx.State, teacher: nnx.State) -> dict[str, nnx.State]:
+    """What stage 1 only reads. Beside its adapters the student's LLM is the teacher: held once."""
+    return {"stack": stack} if config.trained == "lora" else {"stack": stack, "teacher": teacher}
+
+
 def adaptation_objective(
     config: MTLLM, stack_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef
 ) -> Objective:
-    """MSE between what the stack makes of a text and what the LLM makes of it, both pooled."""
+    """MSE between what the stack makes of a text and what the LLM makes of it, both pooled.
+
+    The objective's `frozen` is what `adaptation_frozen` gives.
+    """
     dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
     noise = (config.adaptation.noise_position, config.adaptation.noise_text)
 
     def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
         stack: Stack = nnx.merge(stack_graph, trainable, frozen["stack"])
-        teacher: Llama = nnx.merge(teacher_graph, frozen["teacher"])
+        weights = frozen["teacher"] if "teacher" in frozen else frozen["stack"]["llm"]
+        teacher: Llama = nnx.merge(teacher_graph, weights)
         num_texts = batch["example"].shape[1]
         student_BND = stack.pooled(
             batch["source_ids"],
@@ -206,7 +215,7 @@ def general_adaptation(job: Job[MTLLM], parts: Parts, english: Sequence[str]) ->
             config.adaptation.training,
             objective=adaptation_objective(config, graph, teacher_graph),
             trainable=trainable,
-            frozen={"stack": frozen, "teacher": teacher},
+            frozen=adaptation_frozen(config, frozen, teacher),
             rows=lambda: adaptation_rows(config, parts, english, seed),
             mesh=job.mesh,
             seed=seed,
