@@ -151,7 +151,11 @@ class _Layout:
             position += queries + keys + 2 * D + 2 * F
         elif self.llm.remat == "none":
             position += _SAVED_D * D + _SAVED_F * F + _SAVED_H * (queries + keys)
-        return self.llm.num_layers * self.sources * position * self.dtype.itemsize
+        elements = self.llm.num_layers * self.sources * position
+        if self.llm.remat == "none" and self.fsdp > 1:
+            # What was gathered forward is kept too, so that a chip ends up with all layers.
+            elements += _matrices(self.step.frozen["stack"], "llm") / self.tensor
+        return elements * self.dtype.itemsize
 
     def working(self) -> float:
         """The most that lives at once while one layer of the student is gone through backward."""
