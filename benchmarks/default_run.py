@@ -6,18 +6,13 @@ Each seed has its run folder, runs/seed0 …; one that is finished is read, not 
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
+from dated import ROOT, page, table, write
 
-ROOT = Path(__file__).parents[1]
 TRAIN = "python launch/train.py --config=configs/mtllm.py"
 TESTS = {"A": "systems", "B": "systems_unseen"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "babel")
@@ -65,12 +60,6 @@ def _flat(entry: dict) -> dict[str, float]:
     }
 
 
-def table(frame: pd.DataFrame) -> str:
-    """A Markdown table."""
-    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.astype(str).to_numpy()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main() -> None:
     """Run what is missing, then write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -87,19 +76,7 @@ def main() -> None:
         }
     )
     first = next(iter(runs.values()))
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
-    model = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    today = datetime.date.today().isoformat()
-    text = f"""# The default run, seeds {", ".join(map(str, seeds))} ({today})
-
-    {TRAIN} --workdir=runs/seedN --config.seed=N
-
-{os.cpu_count()} CPU cores ({model[0].split(":")[1].strip()}), Python {platform.python_version()},
-{versions}; commit {commit[:12]}.
-
+    body = f"""
 Accuracy in %, mean over the seeds. Always the most frequent class:
 {100 * first["majority"]:.1f} (A), {100 * first["majority_unseen"]:.1f} (B).
 
@@ -113,9 +90,9 @@ Inference, sequences per second, tokenisation (and translation) included:
 
 {table(cost.rename_axis("system").reset_index())}
 """
-    path = Path(__file__).parent / f"{today}-default-run.md"
-    path.write_text(text, encoding="utf-8")
-    print(f"{path.relative_to(ROOT)} written")
+    title = f"The default run, seeds {', '.join(map(str, seeds))}"
+    command = f"{TRAIN} --workdir=runs/seedN --config.seed=N"
+    write("default-run", page(title, command, PACKAGES, body))
 
 
 if __name__ == "__main__":

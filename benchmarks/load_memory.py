@@ -9,12 +9,9 @@ the bytes of the arrays that stay: on CPU these are host memory too.
 """
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,7 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pandas as pd
-from default_run import ROOT, table
+from dated import page, table
+from dated import write as write_page
 
 COMMAND = "python benchmarks/load_memory.py"
 PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "fsspec")
@@ -162,20 +160,7 @@ def main() -> None:
             if most >= figures["largest"] + 1:
                 sys.exit(f"{most:.2f} GB above the arrays is too much")
 
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
-    model = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    today = datetime.date.today().isoformat()
-    text = f"""# Memory while a checkpoint streams in and out ({today})
-
-    {COMMAND}
-
-{os.cpu_count()} CPU cores ({model[0].split(":")[1].strip()}), Python {platform.python_version()},
-{versions}; commit {commit[:12]}.
-Load average at the end: {os.getloadavg()[1]:.0f}; where other work runs, seconds are upper bounds.
-
+    body = f"""
 Random weights of the size of Llama 3.2 1B, tied, in files of up to 1 GB; read from the page cache.
 "Above" is the most resident memory (VmHWM), minus what was resident before the load, minus the
 arrays that stay, which on CPU are host memory. The aim is to stay under the largest tensor + 1 GB.
@@ -183,9 +168,8 @@ GB are 10⁹ bytes; "largest" is the largest tensor, as it is in memory.
 
 {table(pd.DataFrame(rows))}
 """
-    path = Path(__file__).parent / f"{today}-load-memory.md"
-    path.write_text(text, encoding="utf-8")
-    print(f"{path.relative_to(ROOT)} written")
+    title = "Memory while a checkpoint streams in and out"
+    write_page("load-memory", page(title, COMMAND, PACKAGES, body))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,8 @@ languages). All in float32. tests/parity/test_real.py holds the same numbers to 
 B rows, T positions, V vocabulary, E width.
 """
 
-import datetime
 import functools
-import importlib.metadata
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +17,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import torch
+from dated import page, table
 from flax import nnx
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -213,27 +211,15 @@ def main() -> None:
     )
     seconds = time.monotonic() - begin
 
-    root = Path(__file__).parents[1]
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=root, text=True).strip()
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    table = [("checkpoint", "what", "measure", "value"), ("---",) * 4, *rows]
-    lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
-    print(f"""# Real checkpoints here and in PyTorch ({datetime.date.today().isoformat()})
+    body = f"""
+{seconds:.0f} s in all. Both sides compute in float32 on the CPU. The weights are 4-bit ones written
+out in float32 (SmolLM2-135M-Instruct, Apache-2.0; multilingual-e5-small, MIT): real weights, though
+a little worse than the originals. The text is NTREX-128 (CC-BY-SA-4.0), WMT's news of 2019.
 
-    MTLLM_MODELS=MODELS MTLLM_DATA=DATA {COMMAND}
-
-{cores} CPU cores ({cpu[0].split(":")[1].strip()}), Python {platform.python_version()},
-{versions}; commit {commit[:12]}.
-{seconds:.0f} s in all, at a load average of {os.getloadavg()[0]:.1f} at the end.
-
-Both sides compute in float32 on the CPU. The weights are 4-bit ones written out in float32
-(SmolLM2-135M-Instruct, Apache-2.0; multilingual-e5-small, MIT): real weights, though a little worse
-than the originals. The text is NTREX-128 (CC-BY-SA-4.0), WMT's news of 2019.
-
-{lines}
-""")
+{table(pd.DataFrame(rows, columns=["checkpoint", "what", "measure", "value"]))}
+"""
+    command = f"MTLLM_MODELS=MODELS MTLLM_DATA=DATA {COMMAND}"
+    print(page("Real checkpoints here and in PyTorch", command, PACKAGES, body))
 
 
 if __name__ == "__main__":
