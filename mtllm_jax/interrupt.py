@@ -28,8 +28,14 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, as shells expect; 0 after SIGTERM, which schedulers send and honour."""
-        return 0 if self.signum == signal.SIGTERM else 128 + self.signum
+        """130 after Ctrl-C, as shells expect; 0 after SIGTERM, which schedulers send and honour.
+
+        One that starts again only what failed sets MTLLM_SIGTERM_EXIT to another code: 0 would
+        say that the run is finished.
+        """
+        if self.signum == signal.SIGTERM:
+            return int(os.environ.get("MTLLM_SIGTERM_EXIT", "0"))
+        return 128 + self.signum
 
 
 _STOP = Stop()

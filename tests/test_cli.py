@@ -368,6 +368,16 @@ def test_outside_a_loop_it_stops_at_once(toy, signum, code):
     ]
 
 
+@pytest.mark.parametrize("action", ["loop", "sleep"])
+def test_a_scheduler_may_choose_the_code_after_sigterm_and_not_after_ctrl_c(
+    toy, monkeypatch, action
+):
+    monkeypatch.setenv("MTLLM_SIGTERM_EXIT", "143")
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = start(toy, "--config=config.py", f"--action={action}")
+        assert stop_when_ready(process, signum)[0] == code
+
+
 def test_it_stops_where_python_drops_exceptions(toy):
     process = start(toy, "--config=config.py", "--action=dropped")
     code, _, err = stop_when_ready(process, signal.SIGINT)
