@@ -32,10 +32,10 @@ start() {
     exec 9> mtllm.lock && flock 9
     echo $$ > mtllm.group
     cd mtllm_jax
-    ../mtllm_venv/bin/python launch/train.py "$@" &
-    echo $! > ../mtllm.pid
+    "$HOME/mtllm_venv/bin/python" launch/train.py "$@" &
+    echo $! > "$HOME/mtllm.pid"
     wait $! && code=0 || code=$?
-    echo $code > ../mtllm.exit' train "$@" >>mtllm.log 2>&1 </dev/null &
+    echo $code > "$HOME/mtllm.exit"' train "$@" >>mtllm.log 2>&1 </dev/null &
   until [[ -s mtllm.pid ]]; do sleep 0.1; done
 }
 
