@@ -132,6 +132,8 @@ def _settings(config: MTLLM) -> dict[str, str]:
         "stage 2a, teacher": config.teacher,
         "stage 2b, task distillation": config.distillation.training,
     }
+    if config.frozen_dtype == "int8":
+        how += ", over weights in int8; these here are the weights that were quantised"
     return {"trained in the LLM": how} | {
         name: f"{stage.steps} steps of {stage.batch_rows} rows, learning rate"
         f" {stage.learning_rate:g}"

@@ -268,7 +268,8 @@ class MTLLM:
     evaluation: Evaluation
     mesh: Mesh
     compute_dtype: Literal["float32", "bfloat16"]
-    frozen_dtype: Literal["float32", "bfloat16"]
+    # Of encoder and LLM as they are read. int8: their linear maps, the rest bfloat16.
+    frozen_dtype: Literal["float32", "bfloat16", "int8"]
     unroll_layers: bool  # a Python loop over layers instead of lax.scan
     remat: Literal["none", "full", "dots"]  # what the backward pass recomputes
     attention: Literal["auto", "xla", "cudnn", "splash"]  # by what; ops/attention.py has the table
@@ -324,6 +325,11 @@ class MTLLM:
             sizes,
             "positive sizes with at most one -1",
         )
+        if self.frozen_dtype == "int8":  # what learns, or is added to, is no weight in int8
+            why = "with frozen_dtype 'int8'"
+            require(self.trained == "lora", "trained", self.trained, f"'lora' {why}")
+            start = self.distillation.start
+            require(start == "stage1", "distillation.start", start, f"'stage1' {why}")
         lora = self.lora
         require(lora.rank >= 1, "lora.rank", lora.rank, "at least 1")
         require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "from 0 to below 1")

@@ -1,5 +1,6 @@
 """A finished run as a Hugging Face folder: the stack, its adapter, or a model it started from."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def export(
         what = "is a file" if folder.is_file() else "is not empty"
         raise ValueError(f"--to={to} exists and {what}; choose another folder.")
     run = open_run(run_folder)
+    if run.config.frozen_dtype == "int8":
+        floats = dataclasses.replace(run.config, frozen_dtype="bfloat16")
+        run = dataclasses.replace(run, config=floats)
     if run.config.trained == "all" and adapters == "kept":
         raise ValueError(f"--adapters is 'kept', but {run.path} trained all layers and has none.")
     if run.config.trained == "lora" and rank is not None:

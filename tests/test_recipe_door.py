@@ -1,6 +1,8 @@
 """What MT-LLM answers to wrong input before any training, and what a user's own input gives."""
 
 import dataclasses
+import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,21 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mtllm_jax
+from mtllm_jax import sharding
 from mtllm_jax.cli import load_config
 from mtllm_jax.config import MTLLM
 from mtllm_jax.hf.llama import load_llama
 from mtllm_jax.hf.locate import Checkpoint
 from mtllm_jax.hf.peft import save_peft
+from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.models import lora
 from mtllm_jax.recipes import inputs as recipe_inputs
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.dry_run import first_of_each
 from mtllm_jax.recipes.inputs import idle_fields, read_inputs
-from mtllm_jax.schema import resolve
+from mtllm_jax.recipes.job import Job
+from mtllm_jax.runfolder import RunFolder
+from mtllm_jax.schema import resolve, to_dict
 
 
 @pytest.fixture
@@ -397,6 +403,70 @@ def test_adapters_are_merged_into_the_llm_in_their_order(tmp_path, own):
         kernel_LIO = kernel_LIO.astype(np.float32)
     np.testing.assert_array_equal(merged.layers.v.kernel[...].astype(jnp.float32), kernel_LIO)
     np.testing.assert_array_equal(merged.layers.up.kernel[...], base.layers.up.kernel[...])
+
+
+# ---------------------------------------------------------------- frozen weights in int8
+
+INT8 = {"frozen_dtype": "int8", "trained": "lora", "distillation.start": "stage1"}
+
+
+def test_int8_is_for_what_stays_frozen(own, monkeypatch):
+    assert read_inputs(config(own | INT8)).config.frozen_dtype == "int8"
+    assert refusal(own | INT8 | {"trained": "all"}) == (
+        "config.trained is 'all'; it must be 'lora' with frozen_dtype 'int8'."
+    )
+    assert refusal(own | INT8 | {"distillation.start": "stage1+teacher"}) == (
+        "config.distillation.start is 'stage1+teacher'; it must be 'stage1' with frozen_dtype"
+        " 'int8'."
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refusal(own | INT8) == (
+        "config.frozen_dtype: weights in int8 take qwix, which is missing; pip install -e"
+        " '.[int8]'."
+    )
+
+
+def test_adapters_are_merged_before_the_llm_is_quantised(tmp_path, own):
+    """What most weights get from an adapter is less than half a step, and is not lost."""
+    folders = [adapter(tmp_path / f"{i}", own["llm"], seed=i, alpha=0.01) for i in range(2)]
+    settings = config(own | INT8 | {"llm_adapters": folders})
+    quantised = stacking.load_parts(settings, own["encoder"], own["llm"], None).llm
+    floats = dataclasses.replace(settings, frozen_dtype="float32")
+    merged = stacking.load_parts(floats, own["encoder"], own["llm"], None).llm
+    for name in ("q", "v", "up"):
+        wanted_LIO = np.asarray(getattr(merged.layers, name).kernel[...])
+        linear = getattr(quantised.layers, name)
+        step_LIO = np.max(np.abs(wanted_LIO), axis=1, keepdims=True) / 127.5
+        error_LIO = np.asarray(linear.kernel[...]) * step_LIO - wanted_LIO
+        assert np.max(np.abs(error_LIO) / step_LIO) < 0.5 + 1e-3  # and float32's roundings
+        np.testing.assert_allclose(linear.kernel_scale[...], step_LIO[:, 0], rtol=1e-6)
+
+
+def test_stage_1_over_int8(own, tmp_path):
+    """From folders to what was trained, on two devices; what is held is counted."""
+    settings = config(own | INT8 | {"adaptation.training.steps": 2, "compute_dtype": "bfloat16"})
+    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:2])
+    run = RunFolder(tmp_path / "run", to_dict(settings))
+    job = Job(settings, run, Console(io.StringIO()), mesh, 0)
+    parts = stacking.load_parts(settings, own["encoder"], own["llm"], mesh)
+    stacking.general_adaptation(job, parts, ["Kenya is in Africa", "Peru and Chile"] * 20)
+    losses = read_metrics(tmp_path / "run" / "adaptation" / "metrics.jsonl")["loss"]
+    assert len(losses) == 2 and np.all(np.isfinite(losses))
+
+    def held(model):
+        """A byte a weight and four an output in linear maps, two for what else there is."""
+        arrays = {path: v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
+        kernels = [x for path, x in arrays.items() if path[-1] == "kernel"]
+        outputs = sum(x.shape[0] * x.shape[2] for x in kernels)
+        weights = sum(x.size for x in kernels)
+        rest = sum(
+            x.size for path, x in arrays.items() if path[-1] not in ("kernel", "kernel_scale")
+        )
+        return weights + 4 * outputs + 2 * rest
+
+    # The arrays of the student's LLM are those of the teacher.
+    frozen = job.stages["adaptation"]["bytes"]["frozen"]
+    assert frozen == held(parts.encoder) + held(parts.llm)
 
 
 def test_the_student_starts_from_an_adapter_and_the_teacher_afresh(started):

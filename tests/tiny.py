@@ -18,9 +18,10 @@ from mtllm_jax import config as c
 from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import add_by_example
 from mtllm_jax.models import lora
-from mtllm_jax.models.layers import LoRAParam
+from mtllm_jax.models.layers import Linear, LoRAParam
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
+from mtllm_jax.models.quantised import quantised
 from mtllm_jax.models.stack import classification_head
 from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.train import Objective
@@ -88,7 +89,9 @@ class Stage:
         """All texts as one batch, of one shape however they are packed: rows are filled up with
         rows of padding alone. shift: positions by which rows are moved to the right."""
         arrays = {}
-        for name, array in self.rows(packing=packing).arrays.items():
+        rows = list(self.rows(packing=packing))
+        for name in rows[0]:
+            array = np.stack([row[name] for row in rows])
             is_example = name == "example"
             pad_id = PAD_IDS[name.removesuffix("_ids")] if name.endswith("_ids") else 0
             wide = MOST_TEXTS - array.shape[1] if is_example else 0
@@ -131,6 +134,18 @@ def randomised(module: Any, seed: int) -> Any:
     return module
 
 
+def in_int8(module: Any) -> Any:
+    """A copy of the module whose stacked kernels are quantised, as those that are read are."""
+    module = nnx.clone(module)
+    for _, linear in nnx.iter_graph(module):
+        if isinstance(linear, Linear) and linear.kernel.ndim == 3:
+            layers, dim_in, dim_out = linear.kernel.get_metadata("dims")
+            kernel_LIO, scale_LO = quantised(linear.kernel[...])
+            linear.kernel = nnx.Param(kernel_LIO, dims=(layers, dim_in, dim_out))
+            linear.kernel_scale = nnx.Param(scale_LO, dims=(layers, dim_out))
+    return module
+
+
 def texts(*streams: str) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(5)
     return [
@@ -144,9 +159,11 @@ def labels() -> dict[str, np.ndarray]:
 
 
 def adaptation(config: c.MTLLM) -> Stage:
-    stack = randomised(stacking.build_stack(config, parts(), 0), 3)
+    stack, llm = randomised(stacking.build_stack(config, parts(), 0), 3), parts().llm
+    if config.frozen_dtype == "int8":
+        stack, llm = in_int8(stack), in_int8(llm)
     graph, trainable, frozen = nnx.split(stack, stacking.is_trained(config), ...)
-    teacher_graph, teacher = nnx.split(parts().llm)
+    teacher_graph, teacher = nnx.split(llm)
     objective = stacking.adaptation_objective(config, graph, teacher_graph)
     frozen = stacking.adaptation_frozen(config, frozen, teacher)
     return Stage(graph, trainable, frozen, objective, texts("source", "target"), {})
@@ -198,15 +215,17 @@ def language_modelling(config: c.MTLLM) -> Stage:
 
 
 MAKERS = (adaptation, teacher, distillation, mt_encoder, translation, language_modelling)
-CASES = ("adaptation-lora", *(make.__name__ for make in MAKERS))
+CASES = ("adaptation-lora", "adaptation-int8", *(make.__name__ for make in MAKERS))
 
 
 @functools.cache
 def stage(case: str) -> Stage:
-    """An objective, with "-lora" where adapters are trained; made once, for all that compile it."""
-    name, _, trained = case.partition("-")
+    """An objective, with "-lora" where adapters are trained and "-int8" where that is over weights
+    in int8; made once, for all that compile it."""
+    name, _, variant = case.partition("-")
     make = {make.__name__: make for make in MAKERS}[name]
-    return make(settings(trained=trained or "all"))
+    frozen_dtype = "int8" if variant == "int8" else "float32"
+    return make(settings(trained="lora" if variant else "all", frozen_dtype=frozen_dtype))
 
 
 def assert_close_trees(got: Any, wanted: Any, tolerance: float = 1e-5) -> None:

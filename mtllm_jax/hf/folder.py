@@ -38,11 +38,12 @@ from jax.typing import DTypeLike
 
 from mtllm_jax import sharding
 from mtllm_jax.hf.files import TOKENIZER_CONFIG, TOKENIZER_FILES, Files, is_remote
-from mtllm_jax.hf.reading import read_parameter
+from mtllm_jax.hf.reading import read_parameter, read_quantised
 from mtllm_jax.hf.tensors import SHARD_BYTES, OutTensor, Progress, Tensors, write_tensors
 from mtllm_jax.hf.tokenizer_config import readable_config
 from mtllm_jax.models import lora
 from mtllm_jax.models.layers import Linear
+from mtllm_jax.models.quantised import in_dtype
 
 __all__ = [
     "KeyTable",
@@ -101,38 +102,45 @@ def load_into(
     mesh: jax.sharding.Mesh | None = None,
     aliases: Mapping[str, Sequence[str]] = {},
     ignored: Iterable[str] = (),
+    updates: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]] = {},
     progress: Progress | None = None,
 ) -> Module:
     """`module` (from `nnx.eval_shape`) with its parameters read from `tensors`, in `dtype`.
 
-    mesh: where they go, by `sharding.shardings`; None = the first device. Of several processes each
-    reads the rows that its own devices hold. The other arguments and the errors are those of
-    `match`.
+    dtype: as of `in_dtype`. mesh: where they go, by `sharding.shardings`; None = the first device.
+    Of several processes each reads the rows that its own devices hold. updates, in int8 alone: for
+    the path of a kernel the factors A [L, I, R] and B [L, R, O] of what is added to it before it is
+    quantised. The other arguments and the errors are those of `match`.
     """
     plan = match(module, tensors, table, aliases=aliases, ignored=ignored)
-    graph, state = nnx.split(module)
-    values = nnx.to_flat_state(state)
-    places: list[NamedSharding | None] = [None] * len(values)
+    graph, state = nnx.split(in_dtype(module, dtype))
+    values = dict(nnx.to_flat_state(state))
+    places: dict[tuple[Any, ...], NamedSharding | None] = dict.fromkeys(values)
     if mesh is not None:
         placed = nnx.to_flat_state(sharding.shardings(state, mesh))
-        places = [place.get_raw_value() for _, place in placed]
-    total = sum(math.prod(value.shape) for _, value in values) * jnp.dtype(dtype).itemsize
-    flat, done = [], 0
-    for (keys, value), place in zip(values, places, strict=True):
+        places = {keys: place.get_raw_value() for keys, place in placed}
+    total = sum(math.prod(value.shape) * value.dtype.itemsize for value in values.values())
+    arrays: dict[tuple[Any, ...], jax.Array] = {}
+    for keys, value in values.items():
         path = _path(keys)
-        array = read_parameter(
-            tensors,
-            plan[path],
-            value.shape,
-            jnp.dtype(dtype),
-            place,
-            is_stacked="{layer}" in table[path],
-            is_kernel=_is_kernel(path),
-        )
-        flat.append((keys, value.replace(array)))
-        done += array.nbytes
+        if value.dtype == jnp.int8:
+            both = keys, (*keys[:-1], "kernel_scale")
+            where = places[both[0]], places[both[1]]
+            pair = read_quantised(tensors, plan[path], value.shape, where, updates.get(path, ()))
+            arrays |= dict(zip(both, pair, strict=True))
+        elif path in plan:  # a scale is there with its kernel
+            arrays[keys] = read_parameter(
+                tensors,
+                plan[path],
+                value.shape,
+                value.dtype,
+                places[keys],
+                is_stacked="{layer}" in table[path],
+                is_kernel=_is_kernel(path),
+            )
         if progress is not None:
-            progress(done, total)
+            progress(sum(array.nbytes for array in arrays.values()), total)
+    flat = [(keys, value.replace(arrays[keys])) for keys, value in values.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -228,10 +236,12 @@ def export_tensors(
     module: or a part of its state. merge_lora: adapters are added to their kernels, a tensor at a
     time when it is read. dtype: of the tensors; None = that of each parameter. Of several processes
     all must read all tensors, in the same order. ValueError for parameters that the table does not
-    name.
+    name, or in int8.
     """
     parameters = {_path(keys): value for keys, value in nnx.to_flat_state(nnx.state(module))}
     adapters = _adapters(module, parameters) if merge_lora else {}
+    if any(path.endswith("kernel_scale") for path in parameters):
+        raise ValueError("weights in int8 are not written; read the model in bfloat16 to write it")
     if unknown := sorted(parameters.keys() - table.keys()):
         raise ValueError(f"parameters without a Hugging Face name: {_some(unknown)} (merge LoRA?)")
     return [

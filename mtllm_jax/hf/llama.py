@@ -9,7 +9,7 @@ import dataclasses
 import importlib.metadata
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,7 @@ def load_llama(
     dtype: DTypeLike = jnp.float32,
     *,
     mesh: jax.sharding.Mesh | None = None,
+    updates: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]] = {},
     progress: Progress | None = None,
     remat: str = "none",
     unroll_layers: bool = False,
@@ -66,14 +67,17 @@ def load_llama(
 ) -> Llama:
     """The model of a Hugging Face folder, its parameters in `dtype` whatever they are on disk.
 
-    mesh: the devices that the parameters are laid over; None = the first device.
+    dtype: int8 quantises linear maps (`models/quantised.py`). mesh: the devices that the parameters
+    are laid over; None = the first device. updates: as of `load_into`.
     ValueError, before the weights are read, for a folder, field or tensor that does not fit.
     """
     config = dataclasses.replace(
         _config(folder), remat=remat, unroll_layers=unroll_layers, attention=attention
     )
     module, tensors, table, options = _to_fill(config, folder)
-    return load_into(module, tensors, table, dtype, mesh=mesh, progress=progress, **options)
+    return load_into(
+        module, tensors, table, dtype, mesh=mesh, updates=updates, progress=progress, **options
+    )
 
 
 def check_llama(folder: str | os.PathLike) -> LlamaConfig:

@@ -38,7 +38,7 @@ from mtllm_jax.hf.folder import (
     write_json,
     write_tensors,
 )
-from mtllm_jax.hf.llama import key_table
+from mtllm_jax.hf.llama import check_llama, key_table, load_llama
 from mtllm_jax.models import lora
 from mtllm_jax.models.layers import Linear, LoRAParam
 from mtllm_jax.models.llama import Llama, LlamaConfig
@@ -81,6 +81,36 @@ class Adapter:
 # ------------------------------------------------------------------ in
 
 
+def load_merged(
+    folder: str | os.PathLike,
+    adapters: Sequence[str | os.PathLike],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    **options: Any,
+) -> Llama:
+    """The LLM of a folder with the adapters of other folders merged into it, one after the other.
+
+    dtype, options and errors: those of `load_llama` and `merge_peft`. In int8 kernels take what
+    the adapters add before they are quantised: a step of theirs is larger than most of it.
+    """
+    if jnp.dtype(dtype) != jnp.int8:
+        llm = load_llama(folder, dtype, **options)
+        for adapter_folder in adapters:
+            merge_peft(llm, adapter_folder)
+        return llm
+    config = check_llama(folder)
+    fitting = [check_peft(adapter_folder, config) for adapter_folder in adapters]
+    updates: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for adapter in fitting:
+        for name in adapter.factors:
+            factors = _of_all_layers(adapter, name, config)
+            updates.setdefault(f"layers.{name}.kernel", []).append(factors)
+    llm = load_llama(folder, dtype, updates=updates, **options)
+    for adapter in fitting:
+        _put_copies(llm, adapter)
+    return llm
+
+
 def merge_peft(llm: Llama, folder: str | os.PathLike) -> None:
     """Add an adapter to the LLM's weights, in place; one call after the other for several.
 
@@ -89,18 +119,33 @@ def merge_peft(llm: Llama, folder: str | os.PathLike) -> None:
     are. ValueError as from `check_peft`, or for an LLM that has adapters attached.
     """
     adapter = _fitting(llm, folder, to_be_kept=False)
-    for name, layers in adapter.factors.items():
-        linear: Linear = getattr(llm.layers, name)
-        num_layers, size_in, size_out = linear.kernel.shape
-        # Rank and scale may differ from layer to layer: zeros fill up, and B takes the scale.
-        rank = max(one.rank for one in layers.values())
-        a_LIR = np.zeros((num_layers, size_in, rank), np.float32)
-        b_LRO = np.zeros((num_layers, rank, size_out), np.float32)
-        for layer, one in layers.items():
-            a_LIR[layer, :, : one.rank] = _transposed(adapter.tensors, one.lora_a)
-            b_RO = _transposed(adapter.tensors, one.lora_b)
-            b_LRO[layer, : one.rank] = one.alpha / one.rank * b_RO
-        lora.add(linear, a_LIR, b_LRO, 1.0, donate=True)
+    for name in adapter.factors:
+        factors = _of_all_layers(adapter, name, llm.config)
+        lora.add(getattr(llm.layers, name), *factors, 1.0, donate=True)
+    _put_copies(llm, adapter)
+
+
+def _of_all_layers(
+    adapter: Adapter, name: str, config: LlamaConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [L, I, R] and B [L, R, O] of a linear map, B times the scale; 0 where there are none."""
+    layers = adapter.factors[name]
+    # Rank and scale may differ from layer to layer: zeros fill up, and B takes the scale.
+    rank = max(one.rank for one in layers.values())
+    any_one = next(iter(layers.values()))
+    size_in = adapter.tensors.shape(any_one.lora_a)[1]
+    size_out = adapter.tensors.shape(any_one.lora_b)[0]
+    a_LIR = np.zeros((config.num_layers, size_in, rank), np.float32)
+    b_LRO = np.zeros((config.num_layers, rank, size_out), np.float32)
+    for layer, one in layers.items():
+        a_LIR[layer, :, : one.rank] = _transposed(adapter.tensors, one.lora_a)
+        b_RO = _transposed(adapter.tensors, one.lora_b)
+        b_LRO[layer, : one.rank] = one.alpha / one.rank * b_RO
+    return a_LIR, b_LRO
+
+
+def _put_copies(llm: Llama, adapter: Adapter) -> None:
+    """Put the tensors of an adapter that take a parameter's place there."""
     for path, names in adapter.copies.items():
         variable = _at(llm, path)
         for layer, tensor in names.items():

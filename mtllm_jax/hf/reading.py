@@ -3,11 +3,13 @@
 A parameter is one tensor, or those of all layers stacked along its leading dim. Kernels are the
 transpose of what torch stores. Beside the parameter itself the host holds a layer of it and some
 pieces of rows.
+
+L layers, I input width, O output width, R rank.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mtllm_jax.hf.tensors import CHUNK, Tensors, row_chunks
+from mtllm_jax.models import lora
+from mtllm_jax.models.quantised import quantised
 
 _READERS = 4  # pieces read at a time
 _TRANSPOSED_ROWS = 256  # transposing more at a time misses the processor's caches
@@ -48,16 +52,60 @@ def read_parameter(
     read = functools.partial(
         _read, tensors, dtype=dtype, place=place, is_stacked=is_stacked, is_kernel=is_kernel
     )
-    together = max(1, CHUNK // max(1, math.prod(shape[1:])))
-    if not is_stacked or together >= len(names) or _is_on_host(place):
+    groups = list(_together(names, shape))
+    if not is_stacked or len(groups) == 1 or _is_on_host(place):
         return read(names, shape)
-    buffer = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
-    for first in range(0, len(names), together):
-        group = names[first : first + together]
+    buffer = _zeros(shape, dtype, place)
+    for first, group in groups:
         layers = read(group, (len(group), *shape[1:]))
         # Waiting keeps the host from reading ahead of the device, layer upon layer.
         buffer = _put(place)(buffer, layers, np.int32(first)).block_until_ready()
     return buffer
+
+
+def read_quantised(
+    tensors: Tensors,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    places: tuple[NamedSharding | None, NamedSharding | None],
+    updates: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+) -> tuple[jax.Array, jax.Array]:
+    """The kernels of all layers in int8, and the scales of their outputs: see `quantised`.
+
+    places: of both; None = the first device. updates: A [L, I, R] and B [L, R, O], whose products
+    are added to the kernels before. Small layers are quantised together and large ones one by one,
+    in float32, where they are to lie: no more of the wide kernels is ever anywhere.
+    """
+    num_layers, _, size_out = shape
+    kernel = _zeros(shape, np.dtype(np.int8), places[0])
+    scale = _zeros((num_layers, size_out), np.dtype(np.float32), places[1])
+    for first, group in _together(names, shape):
+        layers = _read(
+            tensors,
+            group,
+            (len(group), *shape[1:]),
+            dtype=np.dtype(np.float32),
+            place=places[0],
+            is_stacked=True,
+            is_kernel=True,
+        )
+        chosen = slice(first, first + len(group))
+        factors = [(a_LIR[chosen], b_LRO[chosen]) for a_LIR, b_LRO in updates]
+        put = _put_quantised(*places)
+        kernel, scale = put(kernel, scale, layers, factors, np.int32(first))
+        scale.block_until_ready()
+    return kernel, scale
+
+
+def _together(names: Sequence[str], shape: tuple[int, ...]) -> Iterator[tuple[int, Sequence[str]]]:
+    """(first layer, names) of the layers that are read in one go."""
+    step = max(1, CHUNK // max(1, math.prod(shape[1:])))
+    for first in range(0, len(names), step):
+        yield first, names[first : first + step]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None) -> jax.Array:
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
 
 
 def _is_on_host(place: NamedSharding | None) -> bool:
@@ -73,6 +121,28 @@ def _put(place: NamedSharding | None) -> Any:
         return jax.lax.dynamic_update_slice_in_dim(buffer, layers, first, 0)
 
     return jax.jit(put, donate_argnums=0, out_shardings=place)
+
+
+@functools.cache
+def _put_quantised(*places: NamedSharding | None) -> Any:
+    """Jitted (kernel, scale, layers, factors, first) → both with what `layers` become in them."""
+
+    def put(
+        kernel_LIO: jax.Array,
+        scale_LO: jax.Array,
+        layers: jax.Array,
+        factors: Sequence[tuple[jax.Array, jax.Array]],
+        first: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        for a_LIR, b_LRO in factors:
+            layers = lora.merged(layers, a_LIR, b_LRO, 1.0, jnp.float32)
+        kernel, scale = quantised(layers)
+        return (
+            jax.lax.dynamic_update_slice_in_dim(kernel_LIO, kernel, first, 0),
+            jax.lax.dynamic_update_slice_in_dim(scale_LO, scale, first, 0),
+        )
+
+    return jax.jit(put, donate_argnums=(0, 1), out_shardings=places)
 
 
 def _read(

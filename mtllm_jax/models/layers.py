@@ -59,8 +59,9 @@ def split(module: nnx.Module, chosen: Filter) -> tuple[nnx.GraphDef, nnx.State, 
 class Linear(nnx.Module):
     """y = x @ kernel + bias, plus a low-rank update where `lora.attach` put one.
 
-    kernel_IO is [I, O] (the transpose of torch's), with a leading L in stacked layers. The update
-    is scale · (dropout(x) @ lora_a_IR) @ lora_b_RO, scale = alpha / R (LoRA, arXiv 2106.09685).
+    kernel_IO is [I, O] (the transpose of torch's), with a leading L in stacked layers. One in int8
+    stands for kernel_IO · kernel_scale_O (`models/quantised.py`). The update is
+    scale · (dropout(x) @ lora_a_IR) @ lora_b_RO, scale = alpha / R (LoRA, arXiv 2106.09685).
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Linear(nnx.Module):
     ):
         shape, names = stacked(num_layers, (size_in, size_out), dims)
         self.kernel = param(rngs, shape, names, init)
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         shape, names = stacked(num_layers, (size_out,), dims[1:])
         zeros = nnx.initializers.zeros
         self.bias = nnx.data(param(rngs, shape, names, zeros) if use_bias else None)
@@ -89,21 +91,27 @@ class Linear(nnx.Module):
         # In two dims: XLA's CPU backward of a three-dim product is far from a plain matrix product.
         # Positions that are cut over the mesh cannot be merged with rows that are cut too.
         rows = x.reshape(-1, x.shape[-1]) if axis_size("context") == 1 else x
-        kernel = weight(self.kernel, x.dtype)
-        if self.bias is None:
-            y = rows @ kernel
-        else:  # added before the product is rounded: twice rounded it is further off than torch's
-            y = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
-            y = (y + over_last(self.bias[...], y.ndim)).astype(x.dtype)
+        # A bias is added before rounding: rounded twice, a sum is further off than torch's.
+        rounded = None if self.bias is None else jnp.float32
+        y = jnp.matmul(rows, weight(self.kernel, x.dtype), preferred_element_type=rounded)
+        if self.kernel_scale is not None:
+            y = y.astype(jnp.float32) * over_last(weight(self.kernel_scale, jnp.float32), y.ndim)
+        if self.bias is not None:
+            y = y + over_last(self.bias[...], y.ndim)
+        y = y.astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             low = dropout(rows, self.lora_dropout, dropout_key) @ weight(self.lora_a, x.dtype)
             y = y + self.lora_scale * (low @ weight(self.lora_b, x.dtype))
         return y.reshape(*x.shape[:-1], -1)
 
 
-def weight(matrix: nnx.Param, dtype: DTypeLike) -> Array:
-    """A matrix of one layer in `dtype`, whole over the mesh's fsdp axis."""
-    return gathered(matrix[...].astype(dtype), *matrix.get_metadata("dims")[-2:])
+def weight(parameter: nnx.Param, dtype: DTypeLike) -> Array:
+    """A matrix or vector of one layer in `dtype`, whole over the mesh's fsdp axis."""
+    value = parameter[...]
+    dims = parameter.get_metadata("dims")[-value.ndim :]
+    if value.dtype == jnp.int8:  # it travels as it is, and is widened where it is used
+        return gathered(value, *dims).astype(dtype)
+    return gathered(value.astype(dtype), *dims)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

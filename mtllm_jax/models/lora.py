@@ -139,8 +139,10 @@ def add(
     """Add scale · A B to a linear map's kernel, in place: [I, R] and [R, O], or with a leading L.
 
     The sum is made in float32, layer by layer, and stored in the kernel's dtype, where the kernel
-    lies. donate: into its very memory, which no other module may share then.
+    lies. donate: into its very memory, which no other module may share then. ValueError for int8.
     """
+    if linear.kernel_scale is not None:
+        raise ValueError("nothing can be added to weights in int8; read the model in bfloat16")
     kernel = linear.kernel[...]
     place = kernel.sharding if kernel.committed else None
     linear.kernel.set_value(_merge_into(place, donate)(kernel, lora_a, lora_b, scale))

@@ -30,7 +30,7 @@ from mtllm_jax.hf.locate import locate
 from mtllm_jax.hf.nllb import check_nllb
 from mtllm_jax.hf.peft import check_peft
 from mtllm_jax.languages import ENGLISH, check_language
-from mtllm_jax.models import lora
+from mtllm_jax.models import lora, quantised
 from mtllm_jax.models.bert import BertConfig
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
@@ -84,6 +84,9 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
             dtype=config.compute_dtype,
             context=config.mesh.context,
         )
+    if config.frozen_dtype == "int8":
+        with naming("frozen_dtype"):
+            quantised.check_available()
     if config.trained == "lora":
         _check_lora_targets(config)
     config, revisions = locate_models(config, revisions)

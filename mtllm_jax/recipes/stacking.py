@@ -22,8 +22,7 @@ from mtllm_jax.data.pipeline import add_by_example
 from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer, source_tokenizer
 from mtllm_jax.hf.encoder import Encoder, load_encoder
 from mtllm_jax.hf.files import local_files
-from mtllm_jax.hf.llama import load_llama
-from mtllm_jax.hf.peft import attach_peft, merge_peft
+from mtllm_jax.hf.peft import attach_peft, load_merged
 from mtllm_jax.hf.tensors import Progress
 from mtllm_jax.inference import Forward, Vectors
 from mtllm_jax.metrics import Console
@@ -70,9 +69,8 @@ def load_parts(
         "attention": config.attention,
     }
     dtype = jnp.dtype(config.frozen_dtype)
-    llm = load_llama(llm_folder, dtype=dtype, progress=told("reading the LLM"), **options)
-    for adapter in config.llm_adapters:
-        merge_peft(llm, adapter)
+    told_llm = told("reading the LLM")
+    llm = load_merged(llm_folder, config.llm_adapters, dtype=dtype, progress=told_llm, **options)
     told_encoder = told("reading the encoder")
     return Parts(
         source=source_tokenizer(
