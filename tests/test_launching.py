@@ -36,6 +36,7 @@ FLAGS = [
 ]
 TRAIN = "TRAIN=(" + " ".join(map(shlex.quote, FLAGS)) + ")"
 SHIPPED_TRAIN = "TRAIN=(--config=configs/mtllm.py:llama3-8b --workdir=)"
+DATA = {"DATA=''": "DATA='gs://b/some data'"}
 
 TPU = {"PROJECT='' ZONE=''": "PROJECT='p' ZONE='z'", SHIPPED_TRAIN: TRAIN, "POLL=60 ": "POLL=0.05 "}
 GKE = {"IMAGE='' CLUSTER=''": "IMAGE='r/mtllm:1' CLUSTER='c'", SHIPPED_TRAIN: TRAIN}
@@ -148,6 +149,7 @@ def test_scripts_begin_alike_explain_themselves_and_can_be_started(script):
         ("gke/gke.sh", {"IMAGE=''": "IMAGE=i", SHIPPED_TRAIN: TRAIN}, ["xpk"], "CLUSTER is empty"),
         ("gke/gke.sh", GKE | {"'4x4'": "16"}, ["create"], "TOPOLOGY is '16'"),
         ("gke/gke.sh", GKE | {"'4x4'": "1x2"}, ["create"], "multiple of CHIPS"),
+        ("gke/gke.sh", GKE | DATA, ["xpk"], "DATA is set"),
         ("gke/gke.sh", GKE, ["destroy"], "'destroy'"),
         ("slurm/train.sbatch", {}, [], "--workdir="),
         ("docker/build.sh", {}, ["tpu"], "IMAGE is empty"),
@@ -185,7 +187,7 @@ def cloud(checkout: Path) -> dict[str, str]:
         if [ "$2" = site ]; then echo "$HOME/.local"; exit; fi
         mkdir -p "$HOME/.local/bin" && cp "${BASH_SOURCE%/*}/uv" "$HOME/.local/bin/"
         """)  # fmt: skip
-    edit(checkout / "launch/tpu/tpu.sh", TPU)
+    edit(checkout / "launch/tpu/tpu.sh", TPU | DATA)
     return {
         "PATH": f"{bin_}:{os.environ['PATH']}",
         "FAKE_GCLOUD": str(cloud),
@@ -258,6 +260,7 @@ def test_tpu_watch_does_not_repeat_a_mistake_and_keeps_the_machines(checkout, cl
     for home in homes.iterdir():
         assert "fate 2" in (home / "mtllm.log").read_text()
         assert (home / "uv.log").read_text().splitlines()[1].endswith("./mtllm_jax[tpu,gcs]")
+        assert (home / "mtllm_jax/data/from").read_text() == "gs://b/some data"
 
 
 def test_a_tpu_worker_stops_by_sigterm_and_kills_what_does_not_hear_it(checkout, tmp_path):
@@ -395,6 +398,7 @@ def test_the_jobset_is_one_for_kubernetes_and_has_a_pod_for_each_machine(
 ):
     jobset = manifest(checkout, **{"'4x4' SLICES=1": f"'{topology}' SLICES={slices}"})
     job = check_jobset(jobset)
+    assert "initContainers" not in job["template"]["spec"]
     assert jobset["spec"]["replicatedJobs"][0]["replicas"] == slices
     assert job["parallelism"] == job["completions"] == hosts
     pod = job["template"]["spec"]
@@ -426,6 +430,19 @@ def test_the_jobset_runs_the_same_command_after_a_preemption_and_not_after_a_mis
         ["PodFailurePolicy"],
     )
     assert job["template"]["spec"]["terminationGracePeriodSeconds"] >= 120
+
+
+def test_the_jobset_fetches_data_where_there_is_some(checkout):
+    edit(checkout / "launch/gke/gke.sh", DATA)
+    pod = check_jobset(manifest(checkout))["template"]["spec"]
+    (fetch,), (train,) = pod["initContainers"], pod["containers"]
+    words = fetch["command"] + fetch["args"]
+    assert words[:3] == ["gcloud", "storage", "rsync"] and words[-2] == "gs://b/some data"
+    assert fetch["volumeMounts"] == [{"name": "data", "mountPath": words[-1]}]
+    (workdir,) = re.findall("WORKDIR (.*)", (ROOT / "launch/docker/Dockerfile").read_text())
+    mounted = {mount["name"]: mount["mountPath"] for mount in train["volumeMounts"]}
+    assert mounted["data"] == f"{workdir}/data"
+    assert {volume["name"] for volume in pod["volumes"]} == mounted.keys()
 
 
 def test_machines_that_are_not_spot_have_no_such_label(checkout):

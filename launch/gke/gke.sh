@@ -14,16 +14,18 @@
 
 set -euo pipefail
 
-# Edit these three lines. ACCELERATOR and TOPOLOGY are labels of the node pools.
+# Edit these three lines. ACCELERATOR and TOPOLOGY are labels of the node pools. DATA, if there is one,
+# is a gs:// folder that becomes data/ in every pod; TRAIN are the flags of launch/train.py, as
+# --config.adaptation_text=data/english.jsonl. CLUSTER is for xpk alone.
 IMAGE='' CLUSTER=''
 ACCELERATOR='tpu-v5-lite-podslice' TOPOLOGY='4x4' SLICES=1 SPOT=yes
-TRAIN=(--config=configs/mtllm.py:llama3-8b --workdir=)
+DATA='' TRAIN=(--config=configs/mtllm.py:llama3-8b --workdir=)
 
 # These may stay.
 NAME=mtllm
 CHIPS=4                 # of one machine: 4 in slices of several machines
 MAX_RESTARTS=500        # of the whole run, preemptions counted
-SERVICE_ACCOUNT=default # it must reach the bucket of --workdir
+SERVICE_ACCOUNT=default # it must reach the buckets of DATA and --workdir
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/shell.sh
@@ -52,11 +54,11 @@ json() {
 manifest() {
   local text pair
   text=$(<"$here/jobset.yaml")
-  # Machines that are not Spot have no such label.
-  if [[ $SPOT != yes ]]; then text=$(grep -v gke-spot <<<"$text"); fi
+  if [[ $SPOT != yes ]]; then text=$(grep -v '# with SPOT$' <<<"$text"); fi
+  if [[ -z $DATA ]]; then text=$(grep -v '# with DATA$' <<<"$text"); fi
   for pair in "NAME=$NAME" "IMAGE=$IMAGE" "ACCELERATOR=$ACCELERATOR" "TOPOLOGY=$TOPOLOGY" \
     "SLICES=$SLICES" "HOSTS=$((all_chips / CHIPS))" "CHIPS=$CHIPS" "MAX_RESTARTS=$MAX_RESTARTS" \
-    "SERVICE_ACCOUNT=$SERVICE_ACCOUNT" "ARGS=$(json "${TRAIN[@]}")"; do
+    "SERVICE_ACCOUNT=$SERVICE_ACCOUNT" "DATA=$DATA" "ARGS=$(json "${TRAIN[@]}")"; do
     text=${text//"\${${pair%%=*}}"/"${pair#*=}"}
   done
   echo "$text"
@@ -96,6 +98,7 @@ tpu_type() {
 # xpk starts again what ended with 143, and not what ended with 2, without being asked.
 xpk_create() {
   edited CLUSTER my-cluster
+  [[ -z $DATA ]] || fail 'DATA is set, and xpk would not fetch it; attach it by xpk storage.'
   local type
   type=$(tpu_type)
   run xpk workload create "--cluster=$CLUSTER" "--workload=$NAME" "--tpu-type=$type" \

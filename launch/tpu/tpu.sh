@@ -5,7 +5,7 @@
 #                                 again after a preemption; delete when it is done
 #   launch/tpu/tpu.sh create      ask for the machines
 #   launch/tpu/tpu.sh state       where the request stands
-#   launch/tpu/tpu.sh setup       copy this checkout to every worker and install it there
+#   launch/tpu/tpu.sh setup       copy this checkout to every worker, install it, fetch DATA
 #   launch/tpu/tpu.sh run         start launch/train.py on every worker; what runs is stopped first
 #   launch/tpu/tpu.sh status      what every worker does
 #   launch/tpu/tpu.sh logs [all]  follow the log of worker 0; all: the last lines of each
@@ -17,9 +17,11 @@
 set -euo pipefail
 
 # Edit these three lines. TYPE and ZONE go together: gcloud compute tpus accelerator-types list.
+# DATA, if there is one, is a gs:// folder that becomes data/ on every worker; TRAIN are the flags of
+# launch/train.py, as --config.adaptation_text=data/english.jsonl.
 PROJECT='' ZONE=''
 TYPE='v5litepod-16' SLICES=1 SPOT=yes
-TRAIN=(--config=configs/mtllm.py:llama3-8b --workdir=)
+DATA='' TRAIN=(--config=configs/mtllm.py:llama3-8b --workdir=)
 
 # These may stay.
 NAME=mtllm      # of the queued resource
@@ -74,7 +76,7 @@ pack() {
 install() {
   queued scp "$TARBALL" "$NAME:checkout.tgz" --node=all --worker=all &&
     on_workers "if [ -e $WORKER ]; then bash $WORKER stop; fi; rm -rf mtllm_jax && \
-mkdir mtllm_jax && tar -xzf checkout.tgz -C mtllm_jax && bash $WORKER setup"
+mkdir mtllm_jax && tar -xzf checkout.tgz -C mtllm_jax && bash $WORKER setup $(quoted "$DATA")"
 }
 
 start() { on_workers "bash $WORKER start $(quoted "${TRAIN[@]}")"; }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One worker's side of launch/tpu/tpu.sh, in the home folder of the machine.
 #
-#   worker.sh setup           a Python of its own in mtllm_venv, with the checkout in mtllm_jax
+#   worker.sh setup DATA      a Python of its own in mtllm_venv, with the checkout in mtllm_jax; the
+#                             gs:// folder DATA, if it is not '', in mtllm_jax/data
 #   worker.sh start FLAG...   launch/train.py in the background; its output is added to mtllm.log
 #   worker.sh status          one line: worker: none | running | exit CODE
 #   worker.sh stop            SIGTERM; what has not ended after GRACE seconds is killed
@@ -17,6 +18,10 @@ setup() {
   uv=$(python3 -m site --user-base)/bin/uv
   "$uv" venv --quiet --allow-existing --python 3.11 mtllm_venv
   "$uv" pip install --quiet --python mtllm_venv/bin/python --editable './mtllm_jax[tpu,gcs]'
+  if [[ -n $1 ]]; then
+    mkdir mtllm_jax/data
+    gcloud storage rsync --recursive "$1" mtllm_jax/data
+  fi
 }
 
 # The lock is held by the run and whatever it started: it says more than a process id, which the
@@ -64,8 +69,7 @@ stop() {
 }
 
 case ${1:-} in
-  setup | status | stop) "$1" ;;
-  start) start "${@:2}" ;;
+  setup | start | status | stop) "$1" "${@:2}" ;;
   *)
     echo "error: '${1:-}' is not one of setup, start, status, stop." >&2
     exit 2
