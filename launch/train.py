@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from mtllm_jax import cli
+from mtllm_jax import cli, distributed
 from mtllm_jax.config import MTLLM
 from mtllm_jax.runfolder import RunFolder, finished_results
 
@@ -29,7 +29,8 @@ def schema(values: Mapping[str, Any]) -> type:
 
 
 def main(config: MTLLM) -> None:
-    """Run the recipe in its folder, or show what a finished run found."""
+    """Run the recipe in its folder, or show what a finished run found; as one of several processes
+    where the environment says so."""
     values = cli.to_dict(config)
     path = _WORKDIR.value or f"runs/{config.recipe}-{config.name}"
     results = None if _DRY_RUN.value else finished_results(path, values)
@@ -37,10 +38,12 @@ def main(config: MTLLM) -> None:
     from mtllm_jax.metrics import Console
     from mtllm_jax.results import results_table
 
-    console = Console()
     if results is not None:
+        console = Console()
         console.print(results_table(results, epath.Path(path), console.width))
         return
+    distributed.start()
+    console = Console()
     recipe = importlib.import_module(RECIPES[config.recipe][1])
     if idle := recipe.idle_fields(config, cli.overridden()):
         console.warn(idle)

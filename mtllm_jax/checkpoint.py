@@ -20,6 +20,8 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
+from mtllm_jax import distributed
+
 Tree = TypeVar("Tree")
 
 _CHECKSUMS = "checksums.json"
@@ -46,7 +48,7 @@ class _Unusable(Exception):
 class Checkpointer:
     """The checkpoints of one stage. Use as a context manager, or call `close`.
 
-    All processes make the same calls; process 0 alone writes checksums and deletes.
+    All processes make the same calls; process 0 alone reads and writes checksums, and deletes.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Checkpointer:
         self.wait()
         if step == self._newest:
             return
-        newest = self.latest_step()
+        newest = self.latest_step() if distributed.is_first() else None
         if newest is not None and (self._newest is None or step < newest):
             raise ValueError(
                 f"{self._folder} holds a checkpoint of step {newest} that this run did not go on "
@@ -117,7 +119,7 @@ class Checkpointer:
         weights or holds other leaves.
         """
         self.wait()
-        newest = self._newest_whole()
+        newest = distributed.by_first(self._newest_whole)
         if newest is None:
             return None
         step, about = newest
@@ -190,7 +192,7 @@ class Checkpointer:
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None], about: dict[str, Any]) -> None:
         response.result()
-        if jax.process_index() != 0:
+        if not distributed.is_first():
             return
         _seal(self._folder / str(step), about)
         _write_whole(self._folder / _NEWEST, str(step))
@@ -203,7 +205,7 @@ class Checkpointer:
     def _give_up(self, step: int, error: Exception) -> None:
         """Remove what a failed save left; raises OSError, one sentence, if the system is why."""
         before = self.latest_step()
-        if jax.process_index() == 0 and step != before:
+        if distributed.is_first() and step != before:
             _remove(self._steps().get(step, []))
         if (code := _errno(error)) is not None:
             left = "there is none before it" if before is None else f"that of step {before} is kept"
@@ -230,10 +232,11 @@ class Checkpointer:
 
 
 def save_params(folder: epath.PathLike, tree: Any) -> None:
-    """Write a tree of arrays as a checkpoint of its own, in place of what lies in `folder`."""
+    """Write a tree of arrays as a checkpoint of its own, in place of what lies in `folder`. It is
+    there for all processes after the next `distributed.by_first`."""
     path = _absolute(folder)
     _start(path, {"state": tree}).result()
-    if jax.process_index() == 0:
+    if distributed.is_first():
         _seal(path, {"leaves": _leaves(tree)})
 
 
@@ -249,7 +252,7 @@ def load_params(folder: epath.PathLike, abstract: Tree) -> Tree:
     """
     path = _absolute(folder)
     try:
-        about = _verify(path)
+        about = distributed.by_first(lambda: _verify(path))
     except _Unusable as reason:
         raise ValueError(f"the weights in {path} cannot be read: that folder {reason}.") from None
     _compare(path, about["leaves"], _leaves(abstract))
@@ -257,15 +260,51 @@ def load_params(folder: epath.PathLike, abstract: Tree) -> Tree:
 
 
 def tree_hash(tree: Any) -> str:
-    """SHA-256 over the leaves' names, dtypes, shapes and bytes, in the order of their names."""
+    """A digest of the leaves' names, dtypes, shapes and bits, however they are cut over devices and
+    processes.
+
+    The bits are mixed and summed where they lie, the rest is SHA-256: it tells weights apart by
+    accident or mistake, and does not withstand an attack.
+    """
+    named = sorted(_named_leaves(tree), key=lambda named: named[0])
+    sums = jax.device_get(_bit_sums([leaf for _, leaf in named]))
     total = hashlib.sha256()
-    for name, leaf in sorted(_named_leaves(tree), key=lambda named: named[0]):
+    for (name, leaf), numbers in zip(named, sums, strict=True):
+        total.update(f"{name} {_kind(leaf)} {numbers.tolist()}\n".encode())
+    return total.hexdigest()
+
+
+@jax.jit
+def _bit_sums(leaves: list[Any]) -> list[Any]:
+    """Four sums over the mixed bits and places of each leaf's elements, uint32 [4].
+
+    Sums of integers modulo 2**32 do not depend on their order, and so on no mesh.
+    """
+
+    def sums(leaf: Any) -> Any:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf)
-        total.update(f"{name} {_kind(array)}\n".encode())
-        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
+        width = jnp.dtype(leaf.dtype).itemsize * 8
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for dim, size in enumerate(leaf.shape):
+            along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim)
+            place = place * jnp.uint32(size) + along
+        return jnp.stack(
+            [
+                jnp.sum(_mixed(bits ^ _mixed(place + np.uint32(i << 30))), dtype=jnp.uint32)
+                for i in range(4)
+            ]
+        )
+
+    return [sums(leaf) for leaf in leaves]
+
+
+def _mixed(x: Any) -> Any:
+    """MurmurHash3's last step for 32 bits: each bit of x changes half of the result's."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def _absolute(folder: epath.PathLike) -> epath.Path:

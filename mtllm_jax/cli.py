@@ -24,6 +24,7 @@ from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_dict, config_flags
 
+from mtllm_jax import distributed
 from mtllm_jax.interrupt import (
     Interrupted,
     graceful_stop,
@@ -70,13 +71,15 @@ def run_main(
       resumes: whether the same command goes on after an interrupt; asked when one comes.
 
     Exit codes: 0 done, or stopped by SIGTERM; 2 a user's mistake, or a training that diverged (one
-    sentence on stderr); 130 Ctrl-C. Any other exception is a bug and keeps its traceback.
+    sentence on stderr); 130 Ctrl-C. Any other exception is a bug and keeps its traceback. One of
+    several processes that ends early ends the others with its code; 1 where another has died.
     """
     quiet()
     raise_on_signal()
     try:
         arguments = _parse(sys.argv, usage, schema)
         main(*arguments)
+        distributed.finish()
         code = 0
     except (Interrupted, KeyboardInterrupt) as stopped:
         quit_on_signal()
@@ -86,11 +89,17 @@ def run_main(
         if flags.FLAGS.is_parsed() and resumes():
             print(f"Go on with: {same_command()}", file=sys.stderr)
         code = last_stop().exit_code
-    except (ValueError, flags.Error, OSError, FloatingPointError) as error:
-        if not _is_users(error):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+    except Exception as error:
+        lost = distributed.lost(error)
+        if lost is None and not _is_users(error):
+            if not distributed.in_job():
+                raise
+            traceback.print_exc()
+            code = 1
+        else:
+            print(f"error: {lost or ' '.join(str(error).split())}", file=sys.stderr)
+            code = 1 if lost else 2
+    distributed.leave(code)
     sys.exit(code)
 
 
@@ -122,6 +131,8 @@ def _is_users(error: Exception) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno in _FULL_DISK
+    if not isinstance(error, (ValueError, FloatingPointError)):
+        return False
     if any("JAX" in note for note in getattr(error, "__notes__", ())):
         return False  # jax took its own frames out of the traceback, and says so in this note
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).absolute()

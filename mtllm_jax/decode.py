@@ -17,6 +17,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from mtllm_jax import sharding
+from mtllm_jax.config import Mesh
 from mtllm_jax.data.packing import padded
 from mtllm_jax.data.pipeline import by_length
 from mtllm_jax.models.nllb import NLLB, Cache
@@ -86,6 +88,7 @@ def translate(
     *,
     max_length: int,
     max_new_tokens: int,
+    mesh: jax.sharding.Mesh | None = None,
     batch_size: int = 256,
     dtype: DTypeLike = jnp.float32,
 ) -> list[str]:
@@ -93,18 +96,25 @@ def translate(
 
     max_length: tokens of a source text, the language and `</s>` among them; longer ones are cut.
     Rows of like length are translated together, at one of few widths, so that little is computed
-    for padding and little is compiled.
+    for padding and little is compiled. mesh: None = the first device; ValueError if rows cannot be
+    cut over it. Several processes call it with the same texts, and all get the translations.
     """
+    if mesh is None:
+        mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    sharding.check_rows(batch_size, mesh, "evaluation.batch_rows")
     graph, state = nnx.split(model)
+    state = sharding.place(state, mesh)
+    greedy = _greedy_on(mesh)
     language_id = tokenizer.language_id(target_language)
     encoded = tokenizer.encode(texts, source_language, max_length=max_length)
     pending = []
     for places in by_length([len(ids) for ids in encoded], batch_size):
         chosen = [encoded[i] for i in places]
-        batch = padded(chosen, "text", tokenizer.pad_id, rows=min(batch_size, len(encoded)))
+        size = min(batch_size, sharding.rows_for(len(encoded), mesh))
+        batch = sharding.place_batch(padded(chosen, "text", tokenizer.pad_id, rows=size), mesh)
         text = batch["text_ids"], batch["text_segments"]
         # Dispatch does not wait: the next batch is padded while this one is translated.
-        pending.append((places, _greedy(graph, state, *text, language_id, max_new_tokens, dtype)))
+        pending.append((places, greedy(graph, state, *text, language_id, max_new_tokens, dtype)))
     rows: list[np.ndarray] = [np.empty(0)] * len(encoded)
     for places, ids_BT in pending:
         # The last batch may have filler rows.
@@ -113,7 +123,16 @@ def translate(
     return tokenizer.decode(rows)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "dtype"))
+@functools.cache
+def _greedy_on(mesh: jax.sharding.Mesh) -> Any:
+    """`_greedy`, compiled for a mesh; every process gets all of the result."""
+    return jax.jit(
+        sharding.on(mesh, _greedy),
+        static_argnames=("graph", "max_new_tokens", "dtype"),
+        out_shardings=jax.NamedSharding(mesh, jax.P()),
+    )
+
+
 def _greedy(
     graph: nnx.GraphDef,
     state: nnx.State,

@@ -22,7 +22,8 @@ class Vectors:
     """A forward pass as a function from tokenised texts to float32 vectors [texts, D].
 
     forward is compiled once per length (`packing.padded` has few). batch_rows: texts per forward
-    pass; a multiple of the devices that rows are cut over (ValueError otherwise).
+    pass; a multiple of the devices that rows are cut over (ValueError otherwise). Several processes
+    call it with the same texts, and all get the vectors.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class Vectors:
         mesh: jax.sharding.Mesh,
     ):
         sharding.check_rows(batch_rows, mesh, "evaluation.batch_rows")
-        self._forward = jax.jit(sharding.on(mesh, forward))
+        everywhere = jax.NamedSharding(mesh, jax.P())
+        self._forward = jax.jit(sharding.on(mesh, forward), out_shardings=everywhere)
         self._state = sharding.place(state, mesh)
         self._pad_id = pad_id
         self._batch_rows = batch_rows

@@ -25,6 +25,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mtllm_jax import distributed
+
 LOG_WIDTH = 100  # columns of a table where there is no terminal
 
 _MANY_BYTES = 10**9  # what takes long enough to read or write that one wants to know how far it is
@@ -116,16 +118,19 @@ def _cut_unfinished_line(path: Path) -> None:
 class Console:
     """All that a run prints; bars on a terminal, plain lines in a log.
 
-    file: where to print; standard output unless given. Text appears as it is: square brackets
-      are not markup.
+    file: where to print; unless given standard output, and of several processes nowhere but in the
+      first. Text appears as it is: square brackets are not markup.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
+        quiet = file is None and not distributed.is_first()
         file = sys.stdout if file is None else file
         if isinstance(file, io.TextIOWrapper):
             # An encoding without "▶" or "±" should cost that character, not the run.
             file.reconfigure(errors="replace")
-        self._live = file.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+        self._live = (
+            not quiet and file.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+        )
         self._rich = rich.console.Console(
             file=file,
             force_terminal=self._live,
@@ -133,6 +138,7 @@ class Console:
             markup=False,
             emoji=False,
             highlight=False,
+            quiet=quiet,
         )
         self._progress: Progress | None = None
 

@@ -2,7 +2,8 @@
 
 WORKDIR/config.json, one folder per stage (checkpoints/, metrics.jsonl, done.json), predictions/,
 results.json and report.html. A folder belongs to one config for ever; files appear whole or not
-at all; one process at a time works in it.
+at all; one run at a time works in it. Of several processes the first alone writes, and all see what
+it wrote from the next `distributed.by_first` on.
 """
 
 import errno
@@ -14,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from mtllm_jax import distributed
+
 _LOCK = ".lock"
 _ABSENT = object()
 # Some network file systems have no locks; a run there is worth more than the refusal of a second.
@@ -21,16 +24,26 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunFolder:
-    """The folder of one run, made or opened; held by this process until it ends or `close`."""
+    """The folder of one run, made or opened; held by this process until it ends or `close`, of
+    several by the first."""
 
     def __init__(self, path: os.PathLike[str] | str, config: Mapping[str, Any]) -> None:
         """Open `path` for the run that `config` (plain values, ready for JSON) describes.
 
         Raises ValueError, before any file is written or changed, if the path is no folder, cannot
-        be written to, holds files but no run, holds a run of another config, or is in use.
+        be written to, holds files but no run, holds a run of another config, or is in use; or if
+        this process does not see what the first one wrote.
         """
         self.path = epath.Path(path)
         self._lock: int | None = None
+        distributed.by_first(lambda: self._open(config))
+        if not (self.path / "config.json").exists():
+            raise ValueError(
+                f"workdir {self.path} does not hold what process 0 wrote to it; it must lie where"
+                " all processes see it, on a shared file system or at gs://."
+            )
+
+    def _open(self, config: Mapping[str, Any]) -> None:
         _is_run_of(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -175,7 +188,10 @@ def write_jsonl(path: epath.Path, rows: Iterable[Any]) -> None:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Write a UTF-8 file so that a reader sees the old one or the new one, also after a crash."""
+    """Write a UTF-8 file so that a reader sees the old one or the new one, also after a crash; of
+    several processes the first writes it."""
+    if not distributed.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if not _is_local(path):
         path.write_text(text)  # object stores show an object when all of it is there

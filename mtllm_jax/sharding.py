@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtllm_jax.config import Mesh
@@ -134,8 +135,30 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) ->
 
 
 def place(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Put a tree of arrays where `shardings` says."""
-    return jax.tree.map(jax.device_put, tree, shardings(tree, mesh))
+    """Put a tree of arrays where `shardings` says.
+
+    What lies in one process's memory must be the same in all; each takes the parts that it holds.
+    """
+
+    def put(leaf: Any, sharding: NamedSharding) -> Any:
+        at_hand = getattr(leaf, "is_fully_addressable", True)
+        if sharding.is_fully_addressable or not at_hand:
+            return jax.device_put(leaf, sharding)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        # device_put would first send all of it to all processes, to compare.
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def whole(array: Any) -> np.ndarray:
+    """All of an array, wherever its parts lie. All processes call it, for the same arrays."""
+    if getattr(array, "is_fully_addressable", True):
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def batch_partition(name: str) -> PartitionSpec:
@@ -144,14 +167,37 @@ def batch_partition(name: str) -> PartitionSpec:
     return PartitionSpec(*(DIM_TO_AXIS[dim] for dim in dims))
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch → global arrays, cut as `batch_partition` says."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            NamedSharding(mesh, batch_partition(name)), rows
-        )
-        for name, rows in batch.items()
-    }
+def process_rows(batch_rows: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """The places in a global batch of the rows that this process's devices hold, in order.
+
+    Where the mesh cuts models or positions over processes, several of them hold the same rows.
+    """
+    sharding = NamedSharding(mesh, batch_partition("rows"))
+    parts = sharding.addressable_devices_indices_map((batch_rows,)).values()
+    return np.unique(np.concatenate([np.arange(batch_rows)[part] for part in parts]))
+
+
+def place_batch(
+    batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_rows: int | None = None
+) -> dict[str, jax.Array]:
+    """A batch → global arrays, cut as `batch_partition` says.
+
+    batch_rows: how many rows the global batch has, of which `batch` holds those of `process_rows`;
+    None: it holds all of them, the same in every process.
+    """
+
+    def put(name: str, rows: np.ndarray) -> jax.Array:
+        places = np.arange(len(rows)) if batch_rows is None else process_rows(batch_rows, mesh)
+        shape = (batch_rows or len(rows), *rows.shape[1:])
+
+        def part(index: Any) -> np.ndarray:
+            here = np.searchsorted(places, np.arange(shape[0])[index[0]])
+            return rows[here][:, *index[1:]]
+
+        sharding = NamedSharding(mesh, batch_partition(name))
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: put(name, rows) for name, rows in batch.items()}
 
 
 def check_rows(rows: int, mesh: jax.sharding.Mesh, field: str) -> None:
@@ -159,6 +205,12 @@ def check_rows(rows: int, mesh: jax.sharding.Mesh, field: str) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise ValueError(f"config.{field} is {rows}; it must be a multiple of {ways}, data × fsdp.")
+
+
+def rows_for(rows: int, mesh: jax.sharding.Mesh) -> int:
+    """The least number of rows, not below `rows`, that can be cut over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // ways) * ways
 
 
 def check_length(length: int, mesh: jax.sharding.Mesh, field: str) -> None:

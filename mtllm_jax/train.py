@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from mtllm_jax import sharding
+from mtllm_jax import distributed, sharding
 from mtllm_jax.checkpoint import Checkpointer, has_params, load_params, save_params, tree_hash
 from mtllm_jax.config import Training
 from mtllm_jax.data.pipeline import Batch, batches
@@ -138,13 +138,13 @@ def fit(
 
     rows: makes the random-access source of packed rows (`data.packing`); add: what a batch gets
     beside. Where the stage was trained before, its weights are read back. Raises Interrupted
-    after saving when the process is asked to stop, FloatingPointError after ten skipped steps in
-    a row.
+    after saving when the process, or any of several, is asked to stop, FloatingPointError after
+    ten skipped steps in a row.
     """
     # A copy: the step gives its buffers away, and the caller may hold them as someone's weights.
     trainable = sharding.place(jax.tree.map(jnp.copy, trainable), mesh)
     params_folder = stage.path / "params"
-    if has_params(params_folder):
+    if distributed.by_first(lambda: has_params(params_folder)):
         return load_params(params_folder, trainable)
     frozen = sharding.place(frozen, mesh)
     optimizer = make_optimizer(config)
@@ -157,7 +157,8 @@ def fit(
     state = sharding.place(state, mesh)
     source = rows()
     stage.notes |= {"rows": len(source), "bytes": _sizes(state, frozen)}
-    iterator = batches(source, batch_rows=config.batch_rows, seed=seed, add=add)
+    mine = sharding.process_rows(config.batch_rows, mesh)
+    iterator = batches(source, batch_rows=config.batch_rows, seed=seed, mine=mine, add=add)
     one_step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, accumulation=config.accumulation
     )
@@ -174,18 +175,21 @@ def fit(
             state, step = restored
             console.print(f"going on from step {step} of {config.steps}")
         log = _Log(stage, title, config.steps, step, console)
+        ballot = distributed.Ballot()
         with graceful_stop() as stop, log:
             while step < config.steps:
-                batch = sharding.place_batch(next(iterator), mesh)
+                batch = sharding.place_batch(next(iterator), mesh, config.batch_rows)
                 state, terms = step_fn(state, frozen, batch)
                 step += 1
                 log.add(step, terms)
                 last = step == config.steps
-                if stop.requested or last or step % config.checkpoint_every == 0:
+                asked = ballot(stop.signum if stop.requested else 0)
+                if asked or last or step % config.checkpoint_every == 0:
                     log.flush()
                     checkpointer.save(step, state, iterator, frozen_hash=frozen_hash)
-                if stop.requested and not last:
-                    checkpointer.wait()
+                if asked and not last:
+                    distributed.after_first(checkpointer.wait)
+                    stop.signum = asked
                     raise Interrupted(f"{title}, step {step} of {config.steps}; saved.")
     save_params(params_folder, state.trainable)
     return state.trainable
@@ -200,13 +204,16 @@ def _sizes(state: TrainState, frozen: Any) -> dict[str, int]:
 
 
 class _Log:
-    """Metrics of step t, read after step t + 1 was dispatched, so that the device never waits."""
+    """Metrics of step t, read after step t + 1 was dispatched, so that the device never waits. Of
+    several processes the first writes them down."""
 
     _MOST_SKIPPED = 10  # in a row
 
     def __init__(self, stage: StageFolder, title: str, steps: int, step: int, console: Console):
-        self._writer = MetricsWriter(Path(stage.metrics))
-        self._writer.truncate_after(step)
+        self._writer: MetricsWriter | None = None
+        if distributed.is_first():
+            self._writer = MetricsWriter(Path(stage.metrics))
+            self._writer.truncate_after(step)
         self._progress = console.progress(steps, title, done=step)
         self._pending: tuple[int, Terms] | None = None
         self._skipped_in_a_row = 0
@@ -216,7 +223,8 @@ class _Log:
 
     def __exit__(self, *exception: Any) -> None:
         self._progress.close()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def add(self, step: int, terms: Terms) -> None:
         """Take in the metrics of a step just dispatched; write down those of the one before."""
@@ -232,7 +240,8 @@ class _Log:
             name: float(total) / float(count) if count else float("nan")
             for name, (total, count) in jax.device_get(terms).items()
         }
-        self._writer.write(step, values)
+        if self._writer is not None:
+            self._writer.write(step, values)
         shown = {name: values[name] for name in ("loss", "fvu", "accuracy") if name in values}
         self._progress.update(step, **shown)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["skipped"] else 0

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
+from mtllm_jax import distributed
 from mtllm_jax.metrics import Console, duration
 from mtllm_jax.runfolder import RunFolder, StageFolder, read_json, write_json
 
@@ -66,8 +67,12 @@ class Job(Generic[Config]):
             memory = max(before.get("peak_memory_gb", 0.0), _peak_memory() / 1e9)
             spent = {"seconds": round(seconds, 2), "peak_memory_gb": round(memory, 3)}
             write_json(folder.path / _STARTS, spent)
-        folder.finish(spent)
-        self.stages[name] = folder.info()
+
+        def finish() -> dict[str, Any]:
+            folder.finish(spent)
+            return folder.info()
+
+        self.stages[name] = distributed.by_first(finish)
 
 
 def _peak_memory() -> int:

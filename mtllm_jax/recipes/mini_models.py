@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM, MiniNLLB, naming
 from mtllm_jax.data.babel_tfds import TextDataset
 from mtllm_jax.data.packing import pack
@@ -41,15 +42,20 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
     assert config is not None  # the door asks for a folder then
     with job.stage("mini_nllb", "mini NLLB, X → English") as stage:
         folder = Path(stage.path / "model")
-        if folder.exists():
+        if distributed.by_first(folder.exists):
             return folder
         pairs = list(text["parallel"])
         languages = [job.config.english, *job.config.languages]
         tokenizer_folder = Path(stage.path / "tokenizer")
-        if not tokenizer_folder.exists():
+
+        def make_tokenizer() -> None:
+            if tokenizer_folder.exists():
+                return
             names = _tokenizer_texts(pairs)
             with naming("mini_nllb.vocab_size"):
                 train_nllb_tokenizer(names, languages, config.vocab_size, tokenizer_folder)
+
+        distributed.by_first(make_tokenizer)
         tokenizer = translation_tokenizer(
             tokenizer_folder, legacy_source_order=job.config.legacy_source_order
         )
@@ -197,13 +203,18 @@ def mini_llama(job: Job[MTLLM], text: TextDataset) -> Path:
     assert config is not None  # the door asks for a folder then
     with job.stage("mini_llama", "mini Llama, English") as stage:
         folder = Path(stage.path / "model")
-        if folder.exists():
+        if distributed.by_first(folder.exists):
             return folder
         texts = [row["text"] for row in text["english"]]
         tokenizer_folder = Path(stage.path / "tokenizer")
-        if not tokenizer_folder.exists():
+
+        def make_tokenizer() -> None:
+            if tokenizer_folder.exists():
+                return
             with naming("mini_llama.vocab_size"):
                 train_llama_tokenizer(texts, config.vocab_size, tokenizer_folder)
+
+        distributed.by_first(make_tokenizer)
         tokenizer = TargetTokenizer(tokenizer_folder)
         training = config.training
         eos = np.array([tokenizer.eos_id], np.int32)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 import mtllm_jax
+from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM
 from mtllm_jax.evaluation import evaluate
 from mtllm_jax.metrics import Console, read_metrics
@@ -50,6 +51,8 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console) -> N
     results = {"task": made.task.name, "seeds": [config.seed]} | scores
     results |= {"seconds": job.seconds, "peak_memory_gb": job.peak_memory_gb}
     folder.write_json("results.json", results)
+    if not distributed.is_first():
+        return
     curves = {
         title: read_metrics(Path(folder.path / name / "metrics.jsonl"))
         for name, title in TRAINED_STAGES.items()

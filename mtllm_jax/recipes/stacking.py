@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from mtllm_jax import distributed
 from mtllm_jax.checkpoint import load_params
 from mtllm_jax.config import MTLLM, Training
 from mtllm_jax.data.packing import Rows, pack
@@ -417,7 +418,7 @@ def _teacher_vectors(
 ) -> np.ndarray:
     """The teacher's pooled state of every training text, computed once and stored. [texts, D]."""
     path = stage.path / "teacher_vectors.npy"
-    if path.exists():
+    if distributed.by_first(path.exists):
         return np.load(path)
     forward, state = llm_forward(job.config, teacher)
     run = Vectors(
@@ -428,11 +429,12 @@ def _teacher_vectors(
         mesh=job.mesh,
     )
     vectors_MD = run(parts.target.encode(_texts(task), max_length=job.config.teacher.target_length))
-    # Whole or not at all: a kill while writing leaves no file of this name.
-    unfinished = path.parent / f".{path.name}.unfinished"
-    with unfinished.open("wb") as file:
-        np.save(file, vectors_MD)
-    unfinished.replace(path)
+    if distributed.is_first():
+        # Whole or not at all: a kill while writing leaves no file of this name.
+        unfinished = path.parent / f".{path.name}.unfinished"
+        with unfinished.open("wb") as file:
+            np.save(file, vectors_MD)
+        unfinished.replace(path)
     return vectors_MD
 
 

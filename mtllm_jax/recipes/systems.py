@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from mtllm_jax import distributed, sharding
 from mtllm_jax.config import MTLLM
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
 from mtllm_jax.data.tokenise import translation_tokenizer
@@ -78,11 +80,13 @@ def embedded_text(job: Job[MTLLM]) -> TextDataset:
     """The text that comes with the package, made in the run folder."""
     config = job.config
     with job.stage("text", "text") as stage:
-        text = build_text(
-            stage.path,
-            languages=config.languages,
-            seed=stage_seed(config.text_seed, "text"),
-            sizes=config.text,
+        text = distributed.after_first(
+            lambda: build_text(
+                stage.path,
+                languages=config.languages,
+                seed=stage_seed(config.text_seed, "text"),
+                sizes=config.text,
+            )
         )
         job.run.write_json("text.json", text.describe())
     return text
@@ -133,7 +137,7 @@ def embedded_task(text: TextDataset, split: str) -> Classification:
 
 def labels_by(run: Vectors, head: Linear, labels: Sequence[str]) -> Callable[..., list[str]]:
     """Tokens → the label whose column of the head scores highest."""
-    kernel_DC = np.asarray(head.kernel[...], np.float32)
+    kernel_DC = sharding.whole(head.kernel[...]).astype(np.float32)
     return lambda tokens: [labels[i] for i in np.argmax(run(tokens) @ kernel_DC, axis=1)]
 
 
@@ -169,17 +173,19 @@ def build_systems(job: Job[MTLLM], made: Made) -> dict[str, Predict]:
         "mt_encoder": lambda rows: by_encoder(source_tokens(rows)),
     }
     if made.translator_folder is not None:
-        into_english = translator(config, made.translator_folder)
+        into_english = translator(config, made.translator_folder, job.mesh)
         systems["translate_test"] = lambda rows: by_llm(llm_tokens(into_english(rows)))
     return systems
 
 
-def translator(config: MTLLM, folder: str) -> Callable[[Sequence[Row]], list[str]]:
+def translator(
+    config: MTLLM, folder: str, mesh: jax.sharding.Mesh
+) -> Callable[[Sequence[Row]], list[str]]:
     """Rows → their texts in English, translated by a folder's model where they are not in it."""
     legacy = config.legacy_source_order
     tokenizer = translation_tokenizer(local_files(folder), legacy_source_order=legacy)
     # Its layers scanned whatever the config says: token by token that is the faster way.
-    model = load_nllb(folder)
+    model = load_nllb(folder, mesh=mesh)
     limits = config.evaluation
 
     def into_english(rows: Sequence[Row]) -> list[str]:
@@ -193,6 +199,7 @@ def translator(config: MTLLM, folder: str) -> Callable[[Sequence[Row]], list[str
             config.english,
             max_length=limits.max_length,
             max_new_tokens=limits.max_new_tokens,
+            mesh=mesh,
             batch_size=limits.batch_rows,
         )
         for i, text in zip(foreign, translated, strict=True):
