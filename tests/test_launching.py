@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import kubernetes_validate
@@ -38,7 +39,7 @@ TRAIN = "TRAIN=(" + " ".join(map(shlex.quote, FLAGS)) + ")"
 SHIPPED_TRAIN = "TRAIN=(--config=configs/mtllm.py:llama3-8b --workdir=)"
 DATA = {"DATA=''": "DATA='gs://b/some data'"}
 
-TPU = {"PROJECT='' ZONE=''": "PROJECT='p' ZONE='z'", SHIPPED_TRAIN: TRAIN, "POLL=60 ": "POLL=0.05 "}
+TPU = {"PROJECT='' ZONE=''": "PROJECT='p' ZONE='z'", SHIPPED_TRAIN: TRAIN, "POLL=60 ": "POLL=0.2 "}
 GKE = {"IMAGE='' CLUSTER=''": "IMAGE='r/mtllm:1' CLUSTER='c'", SHIPPED_TRAIN: TRAIN}
 SLURM = {SHIPPED_TRAIN: TRAIN, ".venv/bin/python": sys.executable}
 
@@ -46,17 +47,21 @@ SLURM = {SHIPPED_TRAIN: TRAIN, ".venv/bin/python": sys.executable}
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
-seen = Path(os.environ["SEEN"] + "-" + Path.home().name)
-starts = len(seen.read_text().splitlines()) if seen.exists() else 0
+def lines(worker):
+    file = Path(os.environ["SEEN"] + "-" + worker)
+    return file.read_text().count("\\n") if file.exists() else 0
+starts = lines(Path.home().name)
 def stop(*_):
     sys.exit(int(os.environ["MTLLM_SIGTERM_EXIT"]))
 signal.signal(signal.SIGTERM, stop)
-with seen.open("a") as file:
+with open(os.environ["SEEN"] + "-" + Path.home().name, "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ.get("MTLLM_SIGTERM_EXIT")]) + "\\n")
 fate = os.environ["FATE"].split()[starts]
 if fate == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("fate", fate, flush=True)
+while any(lines(worker) <= starts for worker in os.environ["WORKERS"].split()):
+    time.sleep(0.01)  # as collectives do, so that all end at the same time
 if fate in ("deaf", "stays"):
     time.sleep(60)
 sys.exit(int(fate))
@@ -102,6 +107,13 @@ def program(folder: Path, name: str, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
     (folder / name).chmod(0o755)
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def commands(output: str) -> list[list[str]]:
@@ -167,6 +179,12 @@ def test_what_is_not_edited_or_mistyped_is_one_sentence_and_exit_code_2(
         assert names in done.stderr
 
 
+def test_the_readme_names_files_that_are_there():
+    named = set(re.findall(r"launch/[\w./]*\w", (ROOT / "README.md").read_text()))
+    assert {"launch/tpu/tpu.sh", "launch/slurm/train.sbatch", "launch/sky/gpu.yaml"} <= named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 # ---------------------------------------------------------------- Cloud TPU
 
 
@@ -193,6 +211,7 @@ def cloud(checkout: Path) -> dict[str, str]:
         "FAKE_GCLOUD": str(cloud),
         "REAL_PYTHON": sys.executable,
         "SEEN": str(cloud / "seen"),
+        "WORKERS": "0 1",
     }
 
 
@@ -271,7 +290,8 @@ def test_a_tpu_worker_stops_by_sigterm_and_kills_what_does_not_hear_it(checkout,
     given = {
         "HOME": str(home),
         "SEEN": str(tmp_path / "seen"),
-        "FATE": "stays deaf 0",
+        "FATE": "stays deaf stays 0",
+        "WORKERS": "0",
         "GRACE": "1",
     }
 
@@ -282,8 +302,7 @@ def test_a_tpu_worker_stops_by_sigterm_and_kills_what_does_not_hear_it(checkout,
 
     def started(fate):
         worker("start", *FLAGS)
-        while f"fate {fate}" not in (home / "mtllm.log").read_text():
-            time.sleep(0.01)
+        eventually(lambda: (home / "mtllm.log").read_text().endswith(f"fate {fate}\n"))
 
     assert worker("status") == "worker: none"
     started("stays")
@@ -291,11 +310,12 @@ def test_a_tpu_worker_stops_by_sigterm_and_kills_what_does_not_hear_it(checkout,
     worker("stop")
     assert worker("status") == "worker: exit 143"
     started("deaf")
+    worker("stop")
+    assert worker("status") == "worker: exit 137"
+    started("stays")
     worker("start", *FLAGS)  # what runs is stopped first
-    while worker("status") == "worker: running":
-        time.sleep(0.01)
-    assert worker("status") == "worker: exit 0"
-    assert len((tmp_path / "seen-0").read_text().splitlines()) == 3
+    eventually(lambda: worker("status") == "worker: exit 0")
+    assert len((tmp_path / "seen-0").read_text().splitlines()) == 4
 
 
 def test_tpu_dry_run_prints_the_commands_that_are_run(checkout, cloud):

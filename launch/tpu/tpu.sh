@@ -9,7 +9,7 @@
 #   launch/tpu/tpu.sh run         start launch/train.py on every worker; what runs is stopped first
 #   launch/tpu/tpu.sh status      what every worker does
 #   launch/tpu/tpu.sh logs [all]  follow the log of worker 0; all: the last lines of each
-#   launch/tpu/tpu.sh stop        let the run save and end
+#   launch/tpu/tpu.sh stop        let the run save and end; a watch would start it again
 #   launch/tpu/tpu.sh delete      give the machines back
 #
 # --dry-run prints the commands and runs none. gcloud must be installed and logged in.
