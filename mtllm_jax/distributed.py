@@ -56,7 +56,7 @@ def start() -> None:
     a Slurm or an Open MPI job of several tasks. JAX_NUM_PROCESSES=1 keeps a process on its own.
 
     Raises ValueError for variables that are half set or no numbers, or a port that is taken. Ends
-    the process with exit code 2 if the others have not come within five minutes.
+    the process with exit code 1 if the others have not come within five minutes.
     """
     global _JOB
     given = named_in(os.environ)
@@ -102,8 +102,8 @@ def named_in(environment: Mapping[str, str]) -> dict[str, Any] | None:
         return {"num_processes": 1} if found else None
     if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in found]:
         raise ValueError(
-            f"{', '.join(found)} is set, but {' and '.join(missing)} is not: several processes need"
-            f" all three of {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}."
+            f"{', '.join(found)} is set, but not {' and '.join(missing)}: several processes need all"
+            f" three of {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}."
         )
     for name in (COUNT, INDEX):
         if not found[name].isdecimal():
@@ -271,7 +271,7 @@ def _nobody_came(given: Mapping[str, Any] | None) -> None:
     line = f"error: {_where(given)}: not all processes came within {_GATHER_SECONDS} seconds; "
     line += "start them all, with an address that each can reach.\n"
     os.write(2, line.encode())
-    os._exit(2)
+    os._exit(1)  # not 2: machines that are late are no mistake, and a scheduler may try again
 
 
 def _where(given: Mapping[str, Any] | None) -> str:
