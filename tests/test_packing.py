@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtllm_jax.data.packing import pack, padded
+from mtllm_jax.data import packing
+from mtllm_jax.data.packing import Counts, fitting_lengths, pack, padded, windows
 
 PAD_IDS = {"source": 1, "target": 0}
 LENGTHS = {"source": 12, "target": 9}
@@ -58,23 +59,70 @@ def test_rows_hold_every_text_once_and_nothing_else(data, streams, packing):
             assert np.all(ids[filled:] == PAD_IDS[stream]) and np.all(segments[filled:] == 0)
         seen += list(examples[:num_texts])
     assert sorted(seen) == list(range(1, len(texts) + 1))
-    assert rows.arrays["example"].dtype == np.int32
-    assert np.any(rows.arrays["example"][:, -1] > 0), "a last column that no row uses"
+    assert all(row["example"].dtype == np.int32 for row in rows)
+    assert any(row["example"][-1] > 0 for row in rows), "a last column that no row uses"
     for stream in streams:
         assert rows.fill[stream] == pytest.approx(used[stream] / (len(rows) * LENGTHS[stream]))
+    assert rows.counts == Counts(texts=len(texts), rows=len(rows), tokens=used)
 
 
 @settings(deadline=None, max_examples=60)
 @given(some_sizes(("source",)))
-def test_no_two_rows_could_have_been_one_when_all_stay_open(sizes):
-    """First fit: of rows open at the same time, no later one's first text fits an earlier one."""
-    rows = pack(texts_of(sizes[:30], ("source",)), {"source": 12}, PAD_IDS)
-    filled = np.sum(rows.arrays["source_segments"] > 0, axis=1)
-    firsts = np.array([sizes[first - 1]["source"] for first in rows.arrays["example"][:, 0]])
-    order = np.argsort(rows.arrays["example"][:, 0])
-    for place, earlier in enumerate(order):
-        for later in order[place + 1 :]:
-            assert filled[earlier] + firsts[later] > 12
+def test_of_one_stream_the_longest_come_first_each_into_the_first_row_with_room(sizes):
+    """First fit decreasing, done by hand for the rows that are there at the beginning."""
+    lengths = np.array([size["source"] for size in sizes])
+    left = [12] * -(-int(lengths.sum()) // 12)
+    housed = {}
+    for text in np.argsort(-lengths, kind="stable").tolist():
+        row = next((i for i, room in enumerate(left) if room >= lengths[text]), None)
+        if row is not None:
+            left[row] -= lengths[text]
+            housed.setdefault(row, []).append(text + 1)
+    rows = pack(texts_of(sizes, ("source",)), {"source": 12}, PAD_IDS)
+    found = [[n for n in row["example"].tolist() if n] for row in rows]
+    assert found[: len(housed)] == [sorted(housed[row]) for row in sorted(housed)]
+
+
+@pytest.mark.parametrize("ratio_noise", [0.0, 0.15])
+@pytest.mark.parametrize("median", [25, 60])
+def test_both_streams_are_full_where_lengths_follow_the_texts(ratio_noise, median):
+    rng = np.random.default_rng(0)
+    source = np.clip(rng.lognormal(np.log(median), 0.6, 3000), 3, 400).astype(int)
+    target = np.clip(source * 0.8 * np.exp(rng.normal(0, ratio_noise, 3000)), 3, 400).astype(int)
+    tokens = {"source": int(source.sum()), "target": int(target.sum())}
+    lengths = fitting_lengths(tokens, {"source": 512, "target": 512})
+    sizes = [{"source": s, "target": t} for s, t in zip(source, target, strict=True)]
+    rows = pack(texts_of(sizes), lengths, PAD_IDS)
+    assert min(rows.fill.values()) > 0.975
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.sampled_from([64, 512, 2048]))
+def test_fitting_lengths(source, target, longest):
+    lengths = fitting_lengths(
+        {"source": source, "target": target}, {"source": longest, "target": 8}
+    )
+    assert max(lengths.values()) == longest and all(n % 8 == 0 for n in lengths.values())
+    short, long = sorted(
+        ("source", "target"), key=lambda s: {"source": source, "target": target}[s]
+    )
+    exact = longest * min(source, target) / max(source, target)
+    assert lengths[long] == longest
+    assert abs(lengths[short] - max(exact, 8)) <= 8
+
+
+def test_each_window_is_packed_by_itself(monkeypatch):
+    monkeypatch.setattr(packing, "_WINDOW", 20)
+    rng = np.random.default_rng(0)
+    texts = texts_of([{s: int(rng.integers(1, LENGTHS[s])) for s in STREAMS} for _ in range(50)])
+    assert windows(50) == [range(0, 16), range(16, 33), range(33, 50)]
+    rows = list(pack(texts, LENGTHS, PAD_IDS))
+    apart = [
+        row for window in windows(50) for row in pack([texts[i] for i in window], LENGTHS, PAD_IDS)
+    ]
+    assert len(rows) == len(apart)
+    for one, other in zip(rows, apart, strict=True):
+        np.testing.assert_array_equal(one["source_ids"], other["source_ids"])
+        np.testing.assert_array_equal(one["target_segments"], other["target_segments"])
 
 
 def test_a_text_without_tokens_on_one_side_keeps_the_sides_matched():
@@ -90,8 +138,7 @@ def test_packing_is_a_function_of_its_input():
     rng = np.random.default_rng(0)
     sizes = [{s: int(rng.integers(1, LENGTHS[s] + 1)) for s in STREAMS} for _ in range(200)]
     one, other = (pack(texts_of(sizes), LENGTHS, PAD_IDS) for _ in range(2))
-    for name, array in one.arrays.items():
-        np.testing.assert_array_equal(array, other.arrays[name])
+    assert one.records == other.records and one.counts == other.counts
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -17,7 +17,6 @@ from flax import nnx
 
 from mtllm_jax import sharding
 from mtllm_jax.config import Mesh, Training
-from mtllm_jax.data.packing import Rows
 from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.models.layers import param
 from mtllm_jax.runfolder import StageFolder
@@ -269,7 +268,8 @@ def run_fit(folder, *, case=None, add=None, **changes):
     said = io.StringIO()
     if case is None:
         arrays = a_batch() | {"row": np.arange(ROWS, dtype=np.int32)}
-        given = (squared_error, TRAINABLE, FROZEN, lambda: Rows(arrays, {}))
+        source = [{name: array[i] for name, array in arrays.items()} for i in range(ROWS)]
+        given = (squared_error, TRAINABLE, FROZEN, lambda: source)
         config = Training(steps=6, batch_rows=ROWS, learning_rate=0.05, checkpoint_every=4)
     else:
         stage = tiny.stage(case)

@@ -31,7 +31,7 @@ def batches(
     *,
     batch_rows: int,
     seed: int,
-    mine: Sequence[int] | slice | None = None,
+    mine: Sequence[int] | np.ndarray | slice | None = None,
     workers: int = 0,
     add: Callable[[Batch], Batch] | None = None,
 ) -> "Batches":
@@ -43,9 +43,8 @@ def batches(
     A batch may span two epochs; nothing is dropped.
     """
     data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    all_places = range(batch_rows)
-    places = all_places if mine is None else all_places[mine] if isinstance(mine, slice) else mine
-    return Batches(_Local(data, batch_rows, places), workers, add)
+    places = np.arange(batch_rows)[slice(None) if mine is None else mine]
+    return Batches(_Local(data, batch_rows, places.tolist()), workers, add)
 
 
 class Batches:
@@ -88,7 +87,7 @@ class Batches:
             flags.FLAGS.mark_as_parsed()  # grain asks absl for settings, here left as they are
         read = data.to_iter_dataset(grain.ReadOptions(1, 1))
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-        return iter(read.mp_prefetch(options, worker_init_fn=_begin_worker))
+        return iter(read.mp_prefetch(options, worker_init_fn=begin_worker))
 
 
 class _Local:
@@ -106,8 +105,8 @@ class _Local:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _begin_worker(index: int, count: int) -> None:
-    """What a worker does first: leave Ctrl-C to the process that it reads for, and end with it."""
+def begin_worker(*_: int) -> None:
+    """What a worker does first: leave Ctrl-C to the process that it works for, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,20 @@ def translation_tokenizer(
     return tokenizer
 
 
+def encode_cut(
+    encode: Callable[[Sequence[str], int], Ids], texts: Sequence[str], length: int
+) -> tuple[Ids, int]:
+    """Tokens of each text, `length` at most, and how many texts have more of them.
+
+    encode: (texts, most tokens) → tokens. A text that is too long is encoded again.
+    """
+    rows = encode(texts, length + 1)
+    long = [i for i, row in enumerate(rows) if len(row) > length]
+    for i, row in zip(long, encode([texts[i] for i in long], length), strict=True):
+        rows[i] = row
+    return rows, len(long)
+
+
 class _Tokenizer:
     """What all share: a transformers tokenizer, encoding in batches, decoding."""
 
@@ -89,6 +103,11 @@ class _Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids. An embedding may have more rows than that."""
         return len(self._tokenizer)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token ids by what they stand for, special tokens among them."""
+        return self._tokenizer.get_vocab()
 
     def decode(self, rows: Iterable[Sequence[int] | np.ndarray]) -> list[str]:
         """Text of each row of token ids, without special tokens."""

@@ -4,15 +4,19 @@ The same stages as the run itself, on a part of its texts.
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM, TextSizes
+from mtllm_jax.data.prepared import Prepared
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.inputs import Inputs
@@ -43,13 +47,13 @@ def dry_run(inputs: Inputs, console: Console) -> None:
     """Take one step of each stage in a folder that is gone afterwards, and print what was seen."""
     config = inputs.config
     small = reduced(config)
-    if inputs.adaptation_text is not None:
+    if inputs.adaptation_text is not None and not isinstance(inputs.adaptation_text, Prepared):
         texts = inputs.adaptation_text[: _SIZES.adaptation]
         inputs = dataclasses.replace(inputs, adaptation_text=texts)
     if inputs.task is not None:
         rows = first_of_each("label", inputs.task.train, _ROWS_PER_LABEL)
         inputs = dataclasses.replace(inputs, task=dataclasses.replace(inputs.task, train=rows))
-    with tempfile.TemporaryDirectory(prefix="mtllm-dry-run-") as path:
+    with _passing_folder() as path:
         job = Job(small, RunFolder(path, to_dict(small)), console, inputs.mesh, small.seed)
         made = train(job, inputs)
         with job.stage("evaluation", "evaluation of a few rows"):
@@ -61,6 +65,18 @@ def dry_run(inputs: Inputs, console: Console) -> None:
     _show_vocabularies(config, made, console)
     _show_cost(job, console)
     console.print("Nothing was kept. Without --dry_run the same command runs all of it.")
+
+
+@contextlib.contextmanager
+def _passing_folder() -> Iterator[str]:
+    """A folder that is gone afterwards. Of several processes the first makes it; the variable
+    TMPDIR then names a folder that all machines see."""
+    path = distributed.by_first(lambda: tempfile.mkdtemp(prefix="mtllm-dry-run-"))
+    try:
+        yield path
+    finally:
+        if distributed.is_first():
+            shutil.rmtree(path)
 
 
 def reduced(config: MTLLM) -> MTLLM:
@@ -105,15 +121,15 @@ def first_of_each(field: str, rows: Iterable[Row], count: int) -> list[Row]:
 
 def _show_stage_1(config: MTLLM, made: Made, console: Console) -> None:
     """One packed row of English text, on both sides, and its first texts as pieces."""
-    texts = made.english[:200]
+    texts = made.english if isinstance(made.english, Prepared) else made.english[:200]
     rows = stacking.adaptation_rows(config, made.parts, texts, config.seed)
     console.print("\nStage 1, the first row of English text", style="bold")
     for side, tokenizer in (("source", made.parts.source), ("target", made.parts.target)):
-        ids, segments = rows.arrays[f"{side}_ids"][0], rows.arrays[f"{side}_segments"][0]
+        ids, segments = rows[0][f"{side}_ids"], rows[0][f"{side}_segments"]
         reader = "MT encoder" if side == "source" else "LLM"
         console.print(
             f"  {reader}: {len(ids)} positions, {segments.max()} texts (segment 0 is padding,"
-            f" masked; {rows.fill[side]:.0%} of all positions are filled)"
+            " masked)"
         )
         console.print(f"    ids       {_listed(ids)}")
         console.print(f"    segments  {_listed(segments)}")

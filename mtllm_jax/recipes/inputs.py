@@ -15,6 +15,8 @@ from mtllm_jax import sharding
 from mtllm_jax.config import MTLLM, SIDES, naming, require
 from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.files import label_names, read_rows, read_texts
+from mtllm_jax.data.prepare import maker_of
+from mtllm_jax.data.prepared import Prepared, is_prepared
 from mtllm_jax.data.tokenise import (
     NllbTokenizer,
     SourceTokenizer,
@@ -56,7 +58,7 @@ class Inputs:
     revisions: Mapping[str, str]
     mesh: jax.sharding.Mesh
     task: Classification | None
-    adaptation_text: Sequence[str] | None
+    adaptation_text: Sequence[str] | Prepared | None
 
 
 def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
@@ -115,7 +117,7 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
         revisions=revisions,
         mesh=mesh,
         task=task,
-        adaptation_text=_read_adaptation_text(config) if config.adaptation_text else None,
+        adaptation_text=_read_adaptation_text(config, source) if config.adaptation_text else None,
     )
 
 
@@ -346,7 +348,19 @@ def _check_vocabulary(folder: str, num_tokens: int, num_rows: int) -> None:
         )
 
 
-def _read_adaptation_text(config: MTLLM) -> Sequence[str]:
+def _read_adaptation_text(
+    config: MTLLM, source: SourceTokenizer | None
+) -> Sequence[str] | Prepared:
     with naming("adaptation_text"):
-        texts = read_texts(config.adaptation_text)
-    return [texts[i] for i in range(len(texts))]
+        if not is_prepared(config.adaptation_text):
+            texts = read_texts(config.adaptation_text)
+            return [texts[i] for i in range(len(texts))]
+        if source is None or not config.llm:
+            raise ValueError(
+                f"{config.adaptation_text} holds prepared rows, which take config.encoder and"
+                " config.llm with the tokenizers that they were prepared with"
+            )
+        prepared = Prepared(config.adaptation_text)
+        target = TargetTokenizer(local_files(config.llm))
+        prepared.check(maker_of(config, source, target, seed=0).describe())
+    return prepared

@@ -20,7 +20,15 @@ from mtllm_jax.checkpoint import load_params
 from mtllm_jax.config import MTLLM, Training
 from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import add_by_example
-from mtllm_jax.data.tokenise import SourceTokenizer, TargetTokenizer, source_tokenizer
+from mtllm_jax.data.prepare import make_rows, maker_of
+from mtllm_jax.data.prepared import Prepared
+from mtllm_jax.data.tokenise import (
+    Ids,
+    SourceTokenizer,
+    TargetTokenizer,
+    encode_cut,
+    source_tokenizer,
+)
 from mtllm_jax.hf.encoder import Encoder, load_encoder
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.peft import attach_peft, load_merged
@@ -34,6 +42,7 @@ from mtllm_jax.models.llama import Llama
 from mtllm_jax.models.stack import Stack, classification_head, llm_pooled, segment_mean
 from mtllm_jax.objectives import Terms, classification, pooled_mse
 from mtllm_jax.recipes.job import Job
+from mtllm_jax.runfolder import StageFolder
 from mtllm_jax.tasks.classification import Classification
 from mtllm_jax.train import Objective, fit
 
@@ -175,36 +184,27 @@ def adaptation_objective(
     return objective
 
 
-def adaptation_rows(config: MTLLM, parts: Parts, english: Sequence[str], seed: int) -> Rows:
-    """English texts as both sides tokenise them, the encoder's in `samplings` segmentations."""
-    training = config.adaptation.training
-    targets = parts.target.encode(english, max_length=training.target_length)
-    texts = []
-    for sampling in range(config.adaptation.samplings):
-        sources = parts.source.encode(
-            english,
-            config.english,
-            sampling_alpha=config.adaptation.subword_sampling or None,
-            seed=seed + sampling,
-            max_length=training.source_length,
-        )
-        texts += [
-            {"source": source, "target": target}
-            for source, target in zip(sources, targets, strict=True)
-        ]
-    order = np.random.default_rng(seed).permutation(len(texts))
-    return pack(
-        [texts[i] for i in order],
-        {"source": training.source_length, "target": training.target_length},
-        {"source": parts.source.pad_id, "target": parts.target.pad_id},
-        packing=training.packing,
-    )
+def adaptation_rows(
+    config: MTLLM, parts: Parts, english: Sequence[str] | Prepared, seed: int
+) -> Rows:
+    """English texts as both sides tokenise them, packed here or before."""
+    if isinstance(english, Prepared):
+        return english.rows()
+    return make_rows(maker_of(config, parts.source, parts.target, seed), english)
 
 
-def general_adaptation(job: Job[MTLLM], parts: Parts, english: Sequence[str]) -> nnx.State:
+def general_adaptation(
+    job: Job[MTLLM], parts: Parts, english: Sequence[str] | Prepared
+) -> nnx.State:
     """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained."""
     config, seed = job.config, job.stage_seed("adaptation")
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
+
+        def rows() -> Rows:
+            packed = _noted(stage, adaptation_rows(config, parts, english, seed))
+            job.console.print(packed.told())
+            return packed
+
         stack = build_stack(config, parts, seed, config.lora.start)
         graph, trainable, frozen = split(stack, is_trained(config))
         teacher_graph, teacher = nnx.split(parts.llm)
@@ -215,7 +215,7 @@ def general_adaptation(job: Job[MTLLM], parts: Parts, english: Sequence[str]) ->
             objective=adaptation_objective(config, graph, teacher_graph),
             trainable=trainable,
             frozen=adaptation_frozen(config, frozen, teacher),
-            rows=lambda: adaptation_rows(config, parts, english, seed),
+            rows=rows,
             mesh=job.mesh,
             seed=seed,
             console=job.console,
@@ -273,7 +273,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClas
             objective=teacher_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _target_rows(parts, task, training),
+            rows=lambda: _noted(stage, _target_rows(parts, task, training)),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
@@ -287,22 +287,38 @@ def _texts(task: Classification) -> list[str]:
 
 
 def _source_rows(config: MTLLM, parts: Parts, task: Classification, training: Training) -> Rows:
-    length, tokenizer = training.source_length, parts.source
-    tokens = tokenizer.encode(_texts(task), config.english, max_length=length)
-    return _packed("source", tokens, length, tokenizer.pad_id, training)
+    tokenizer, texts = parts.source, _texts(task)
+
+    def encode(texts: Sequence[str], length: int) -> Ids:
+        return tokenizer.encode(texts, config.english, max_length=length)
+
+    tokens, cut = encode_cut(encode, texts, training.source_length)
+    return _packed("source", tokens, cut, training.source_length, tokenizer.pad_id, training)
 
 
 def _target_rows(parts: Parts, task: Classification, training: Training) -> Rows:
-    length, tokenizer = training.target_length, parts.target
-    tokens = tokenizer.encode(_texts(task), max_length=length)
-    return _packed("target", tokens, length, tokenizer.pad_id, training)
+    tokenizer, texts = parts.target, _texts(task)
+
+    def encode(texts: Sequence[str], length: int) -> Ids:
+        return tokenizer.encode(texts, max_length=length)
+
+    tokens, cut = encode_cut(encode, texts, training.target_length)
+    return _packed("target", tokens, cut, training.target_length, tokenizer.pad_id, training)
 
 
 def _packed(
-    stream: str, tokens: Sequence[np.ndarray], length: int, pad_id: int, training: Training
+    stream: str, tokens: Ids, cut: int, length: int, pad_id: int, training: Training
 ) -> Rows:
     texts = [{stream: ids} for ids in tokens]
-    return pack(texts, {stream: length}, {stream: pad_id}, packing=training.packing)
+    rows = pack(texts, {stream: length}, {stream: pad_id}, packing=training.packing)
+    counts = dataclasses.replace(rows.counts, truncated={stream: cut})
+    return dataclasses.replace(rows, counts=counts)
+
+
+def _noted(stage: StageFolder, rows: Rows) -> Rows:
+    """The same rows, what packing came to written down."""
+    stage.notes["packing"] = rows.notes()
+    return rows
 
 
 # ---------------------------------------------------------------- stage 2b: task distillation
@@ -360,7 +376,7 @@ def task_distillation(
             objective=distillation_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _source_rows(config, parts, task, training),
+            rows=lambda: _noted(stage, _source_rows(config, parts, task, training)),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
@@ -519,7 +535,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Classification) -> 
             objective=encoder_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _source_rows(config, parts, task, training),
+            rows=lambda: _noted(stage, _source_rows(config, parts, task, training)),
             mesh=job.mesh,
             seed=seed,
             console=job.console,

@@ -16,6 +16,7 @@ import numpy as np
 from mtllm_jax import distributed, sharding
 from mtllm_jax.config import MTLLM
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
+from mtllm_jax.data.prepared import Prepared
 from mtllm_jax.data.tokenise import translation_tokenizer
 from mtllm_jax.decode import translate
 from mtllm_jax.evaluation import Predict
@@ -38,7 +39,7 @@ class Made:
     translator_folder: str | None  # of what translate-test translates with
     parts: stacking.Parts
     task: Classification
-    english: Sequence[str]  # texts of stage 1
+    english: Sequence[str] | Prepared  # texts of stage 1
     teacher: stacking.LLMClassifier
     student: stacking.StackClassifier
     mt_encoder: stacking.EncoderClassifier

@@ -1,0 +1,340 @@
+"""Stage 1's English text → packed rows: on the fly, or once and for all into a folder.
+
+Both go the same way, so that the rows are the same: texts are drawn into one global order, which is
+cut into windows, and each window is tokenised and packed by itself. A shard of a folder
+(`prepared`) is the rows of one or several windows. It appears whole or not at all, and then the
+manifest says so: `prepare` begun again makes what is missing or damaged, and nothing else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+
+from mtllm_jax.config import MTLLM
+from mtllm_jax.data import packing, prepared
+from mtllm_jax.data.files import Texts
+from mtllm_jax.data.packing import Counts, Rows
+from mtllm_jax.data.pipeline import begin_worker
+from mtllm_jax.data.prepared import MANIFEST, Prepared, shard_name
+from mtllm_jax.data.tokenise import Ids, SourceTokenizer, TargetTokenizer, encode_cut
+from mtllm_jax.runfolder import differing_fields, write_json
+
+_MOST_SHARDS = 1000
+_PROBES = ("Hello, world!", "naïve  café 3.14\t東京 Ωμέγα नमस्ते", "")
+
+AnyTexts = Texts | Sequence[str]
+Window = tuple[int, list[str], np.ndarray]  # its place, texts, and their numbers
+Task = tuple[int, Path, list[Window]]  # a shard's place, file and windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """All that decides what rows texts become, but the texts."""
+
+    source: SourceTokenizer
+    target: TargetTokenizer
+    english: str
+    legacy_source_order: bool
+    source_length: int  # tokens of a row
+    target_length: int
+    packing: bool
+    subword_sampling: float
+    samplings: int
+    seed: int
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {"source": self.source_length, "target": self.target_length}
+
+    @property
+    def pad_ids(self) -> dict[str, int]:
+        return {"source": self.source.pad_id, "target": self.target.pad_id}
+
+    def window(self, window: Window) -> tuple[list[bytes], Counts]:
+        """Tokenise and pack one window. Texts with nothing in them for one side are left out."""
+        place, texts, numbers = window
+        sources, cut_sources = encode_cut(self._encode_source(place), texts, self.source_length)
+        targets, cut_targets = encode_cut(self._encode_target, texts, self.target_length)
+        # What stands around every text, a language or BOS, is no text.
+        frame, target_frame = self._encode_source(place)([""], None), self.target.encode([""])
+        least = len(frame[0]), len(target_frame[0])
+        kept = [
+            i
+            for i, sides in enumerate(zip(sources, targets, strict=True))
+            if all(len(side) > few for side, few in zip(sides, least, strict=True))
+        ]
+        counts = Counts(
+            texts=len(texts),
+            dropped=len(texts) - len(kept),
+            truncated={"source": cut_sources, "target": cut_targets},
+        )
+        if not kept:
+            return [], counts
+        records, packed = packing.pack_window(
+            [{"source": sources[i], "target": targets[i]} for i in kept],
+            numbers[kept],
+            self.lengths,
+            packing=self.packing,
+        )
+        return records, dataclasses.replace(counts, rows=packed.rows, tokens=packed.tokens)
+
+    def _encode_source(self, place: int) -> Callable[[Sequence[str], int | None], Ids]:
+        alpha = self.subword_sampling or None
+        seed = zlib.crc32(f"{self.seed}/{place}".encode())
+        return lambda texts, length: self.source.encode(
+            texts, self.english, sampling_alpha=alpha, seed=seed, max_length=length
+        )
+
+    def _encode_target(self, texts: Sequence[str], length: int | None) -> Ids:
+        return self.target.encode(texts, max_length=length)
+
+    def fitted(self, texts: AnyTexts) -> "Maker":
+        """The same with lengths in the ratio of the texts' tokens, judged by the first window."""
+        longest = max(self.lengths.values())
+        both = dataclasses.replace(self, source_length=longest, target_length=longest)
+        _, counts = both.window(next(_windows(_order(both, len(texts)), texts)))
+        fitted = packing.fitting_lengths(counts.tokens, self.lengths)
+        return dataclasses.replace(
+            self, source_length=fitted["source"], target_length=fitted["target"]
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as JSON values, tokenizers by what they do."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        about = {name: getattr(self, name) for name in fields if name not in ("source", "target")}
+        read = self.source.encode(_PROBES, self.english), self.target.encode(_PROBES)
+        return about | {
+            "source_tokenizer": _fingerprint(self.source, read[0]),
+            "target_tokenizer": _fingerprint(self.target, read[1]),
+            "pad_ids": self.pad_ids,
+        }
+
+
+def maker_of(config: MTLLM, source: SourceTokenizer, target: TargetTokenizer, seed: int) -> Maker:
+    """How a config wants stage 1's rows. seed: the stage's own."""
+    adaptation, training = config.adaptation, config.adaptation.training
+    return Maker(
+        source=source,
+        target=target,
+        english=config.english,
+        legacy_source_order=config.legacy_source_order,
+        source_length=training.source_length,
+        target_length=training.target_length,
+        packing=training.packing,
+        subword_sampling=adaptation.subword_sampling,
+        samplings=adaptation.samplings,
+        seed=seed,
+    )
+
+
+def _fingerprint(tokenizer: SourceTokenizer | TargetTokenizer, ids: Ids) -> str:
+    vocabulary = sorted(tokenizer.vocabulary.items(), key=lambda entry: (entry[1], entry[0]))
+    about = [vocabulary, [row.tolist() for row in ids], tokenizer.pad_id]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _order(maker: Maker, num_texts: int) -> np.ndarray:
+    """The global order: the numbers of the texts, each as often as it is segmented."""
+    return np.random.default_rng(maker.seed).permutation(num_texts * maker.samplings) % num_texts
+
+
+def _windows(
+    order: np.ndarray, texts: AnyTexts, places: Iterable[int] | None = None
+) -> Iterator[Window]:
+    """The windows of the global order, or those at `places`."""
+    windows = packing.windows(len(order))
+    for place in range(len(windows)) if places is None else places:
+        numbers = order[windows[place].start : windows[place].stop]
+        yield place, [texts[i] for i in numbers], numbers
+
+
+# ---------------------------------------------------------------- on the fly
+
+
+def make_rows(maker: Maker, texts: AnyTexts) -> Rows:
+    """The rows of all texts, in memory. ValueError where no text holds anything."""
+    records: list[bytes] = []
+    counts = Counts()
+    for window in _windows(_order(maker, len(texts)), texts):
+        made, counted = maker.window(window)
+        records += made
+        counts += counted
+    _check_some(counts)
+    return packing.in_memory(records, maker.lengths, maker.pad_ids, counts)
+
+
+def _check_some(counts: Counts) -> None:
+    if not counts.rows:
+        raise ValueError(f"none of the {counts.texts} texts of stage 1 holds a token.")
+
+
+# ---------------------------------------------------------------- once and for all
+
+
+def prepare(
+    folder: str | os.PathLike[str],
+    maker: Maker,
+    texts: Texts,
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Prepared:
+    """Write the rows of all texts, or what of them is not there yet, and open them.
+
+    workers: processes that tokenise and pack; 0 = this one. progress: told (texts done, in all).
+    Raises ValueError for a folder of something else, or of other rows.
+    """
+    path = Path(folder)
+    order = _order(maker, len(texts))
+    num_windows = len(packing.windows(len(order)))
+    manifest = _begun(path, {"texts": _described(texts), **maker.describe()}, num_windows)
+    shards = manifest["shards"]
+    files = [path / shard_name(i, len(shards)) for i in range(len(shards))]
+    for i, shard in enumerate(shards):
+        if shard is not None and not prepared.is_whole(files[i], shard):
+            shards[i] = None
+
+    def tasks() -> Iterator[Task]:
+        for i in [i for i, shard in enumerate(shards) if shard is None]:
+            first, end = (num_windows * n // len(shards) for n in (i, i + 1))
+            yield i, files[i], list(_windows(order, texts, range(first, end)))
+
+    def show() -> None:
+        progress(sum(shard["counts"]["texts"] for shard in shards if shard), len(order))
+
+    show()
+    for i, shard in _made(maker, tasks(), workers):
+        shards[i] = shard
+        write_json(epath.Path(path / MANIFEST), manifest)
+        show()
+    counts = sum((Counts(**shard["counts"]) for shard in shards), Counts())
+    _check_some(counts)
+    for leftover in path.glob(".*.unfinished"):
+        leftover.unlink()
+    manifest |= {"finished": True, "counts": dataclasses.asdict(counts)}
+    write_json(epath.Path(path / MANIFEST), manifest)
+    return Prepared(path)
+
+
+def _described(texts: Texts) -> list[dict[str, Any]]:
+    return [
+        {"file": file.name, "bytes": file.stat().st_size, "sha256": prepared.sha256(file)}
+        for file in texts.files
+    ]
+
+
+def _begun(path: Path, made_from: dict[str, Any], num_windows: int) -> dict[str, Any]:
+    """The manifest of an earlier start, or a new one."""
+    if prepared.is_prepared(path):
+        manifest = prepared.read_manifest(path)
+        if differences := differing_fields(manifest["made_from"], made_from):
+            raise ValueError(
+                f"{path} holds rows of other texts or settings ({', '.join(differences[:3])});"
+                " choose another --to."
+            )
+        return manifest
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+        if foreign:
+            raise ValueError(f"{path} holds {foreign[0]!r}; --to must be a new or empty folder.")
+        manifest = {
+            "format": prepared.FORMAT,
+            "finished": False,
+            "made_from": made_from,
+            "shards": [None] * min(num_windows, _MOST_SHARDS),
+        }
+        write_json(epath.Path(path / MANIFEST), manifest)
+    except OSError as error:
+        raise ValueError(f"--to {path} cannot be written to: {error.strerror}.") from None
+    return manifest
+
+
+def _made(
+    maker: Maker, tasks: Iterable[Task], workers: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Shards as they are finished: their places and lines of the manifest."""
+    if not workers:
+        for place, file, windows in tasks:
+            yield place, _write_shard(maker, file, windows)
+        return
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _begin_worker, (maker,)
+    )
+    running: dict[Future[dict[str, Any]], int] = {}
+    try:
+        for place, file, windows in tasks:
+            running[pool.submit(_work, file, windows)] = place
+            if len(running) >= 2 * workers:
+                yield from _finished(running)
+        while running:
+            yield from _finished(running)
+    except BrokenProcessPool:
+        raise ValueError(
+            f"one of the {workers} --workers was killed, as happens where memory is short; the same"
+            " command goes on, with fewer if need be."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(running: dict[Future[Any], int]) -> Iterator[tuple[int, Any]]:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        place = running.pop(future)
+        try:
+            yield place, future.result()
+        except ValueError as error:  # raised anew, as one of this process
+            raise ValueError(str(error)) from None
+
+
+_worker_maker: Maker  # in a worker: tokenizers are read once
+
+
+def _begin_worker(maker: Maker) -> None:
+    global _worker_maker
+    begin_worker()
+    _worker_maker = maker
+
+
+def _work(file: Path, windows: list[Window]) -> dict[str, Any]:
+    return _write_shard(_worker_maker, file, windows)
+
+
+def _write_shard(maker: Maker, file: Path, windows: list[Window]) -> dict[str, Any]:
+    """Write one shard, whole or not at all; returns its line of the manifest."""
+    counts = Counts()
+    most_texts = 0
+    # By process: should two prepare the same folder, each renames what it has finished itself.
+    unfinished = file.parent / f".{file.name}.{os.getpid()}.unfinished"
+    try:
+        writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
+        for window in windows:
+            records, counted = maker.window(window)
+            for record in records:
+                writer.write(record)
+            counts += counted
+            most_texts = max(most_texts, packing.most_texts(records))
+        writer.close()
+    except RuntimeError as error:
+        raise ValueError(f"{file} cannot be written ({str(error).splitlines()[0]}).") from None
+    about = {
+        "rows": counts.rows,
+        "most_texts": most_texts,
+        "bytes": unfinished.stat().st_size,
+        "sha256": prepared.sha256(unfinished),
+        "counts": dataclasses.asdict(counts),
+    }
+    os.replace(unfinished, file)
+    return about

@@ -1,0 +1,450 @@
+"""Prepared rows: those of the same texts on the fly, however they were made, and nothing else."""
+
+import dataclasses
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reduced
+from babel import Locale
+
+from mtllm_jax.cli import load_config
+from mtllm_jax.config import MTLLM
+from mtllm_jax.data import packing
+from mtllm_jax.data.files import read_texts
+from mtllm_jax.data.packing import Counts
+from mtllm_jax.data.pipeline import batches
+from mtllm_jax.data.prepare import Maker, make_rows, prepare
+from mtllm_jax.data.prepared import Prepared, is_prepared
+from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
+from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tokenizer
+from mtllm_jax.metrics import Console
+from mtllm_jax.recipes import inputs
+from mtllm_jax.recipes import prepare as recipe
+from mtllm_jax.schema import resolve
+
+NAMES = [name for key, name in Locale("en").territories.items() if len(key) == 2]
+LISTS = [" and ".join(NAMES[i : i + 1 + i % 13]) for i in range(0, 240, 2)]
+WINDOW = 25
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tokenizers as they lie beside models, and the texts."""
+    root = tmp_path_factory.mktemp("prepare")
+    for side in ("encoder", "llm"):
+        (root / side).mkdir()
+    train_nllb_tokenizer(NAMES, ["eng_Latn", "deu_Latn"], 600, root / "encoder")
+    (root / "encoder" / "config.json").write_text(json.dumps({"model_type": "m2m_100"}))
+    train_llama_tokenizer(NAMES, 400, root / "llm")
+    (root / "llm" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (root / "texts.txt").write_text("\n".join(LISTS) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def maker(folder):
+    return Maker(
+        source=source_tokenizer(folder / "encoder"),
+        target=TargetTokenizer(folder / "llm"),
+        english="eng_Latn",
+        legacy_source_order=False,
+        source_length=48,
+        target_length=40,
+        packing=True,
+        subword_sampling=0.0,
+        samplings=1,
+        seed=5,
+    )
+
+
+@pytest.fixture
+def texts(folder):
+    return read_texts(folder / "texts.txt")
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(packing, "_WINDOW", WINDOW)
+
+
+def assert_same_rows(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+# ---------------------------------------------------------------- what rows are made
+
+
+def test_rows_hold_each_text_as_both_sides_read_it(maker, texts):
+    rows = make_rows(maker, texts)
+    found = {}
+    for row in rows:
+        for segment, number in enumerate(row["example"].tolist(), 1):
+            if number:
+                sides = [
+                    row[f"{s}_ids"][row[f"{s}_segments"] == segment] for s in ("source", "target")
+                ]
+                assert number - 1 not in found
+                found[number - 1] = [side.tolist() for side in sides]
+    assert sorted(found) == list(range(len(LISTS)))
+    sources = maker.source.encode(LISTS, "eng_Latn", max_length=48)
+    targets = maker.target.encode(LISTS, max_length=40)
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        assert found[i] == [source.tolist(), target.tolist()]
+    whole = maker.source.encode(LISTS, "eng_Latn"), maker.target.encode(LISTS)
+    assert rows.counts == Counts(
+        texts=len(LISTS),
+        dropped=0,
+        truncated={
+            "source": sum(len(ids) > 48 for ids in whole[0]),
+            "target": sum(len(ids) > 40 for ids in whole[1]),
+        },
+        rows=len(rows),
+        tokens={"source": sum(map(len, sources)), "target": sum(map(len, targets))},
+    )
+    assert rows.counts.truncated["source"] > 0
+    assert f"{len(LISTS)} texts in {len(rows)} rows" in rows.told()
+
+
+def test_texts_without_a_token_are_dropped_and_counted(maker):
+    rows = make_rows(maker, [*LISTS[:30], "", *LISTS[30:40], ""])
+    assert rows.counts.texts == 42 and rows.counts.dropped == 2
+    kept = {number for row in rows for number in row["example"].tolist() if number}
+    assert kept == set(range(1, 43)) - {31, 42}
+    with pytest.raises(ValueError, match=r"none of the 2 texts of stage 1 holds a token\."):
+        make_rows(maker, ["", ""])
+
+
+def test_samplings_segment_each_text_anew_and_the_same_each_time(maker):
+    sampled = dataclasses.replace(maker, samplings=3, subword_sampling=0.3)
+    rows = make_rows(sampled, LISTS[:20])
+    assert_same_rows(rows, make_rows(sampled, LISTS[:20]))
+    numbers = [number for row in rows for number in row["example"].tolist() if number]
+    assert sorted(numbers) == sorted(3 * list(range(1, 21)))
+    drawn = {number: set() for number in numbers}
+    for row in rows:
+        for segment, number in enumerate(row["example"].tolist(), 1):
+            if number:
+                drawn[number].add(tuple(row["source_ids"][row["source_segments"] == segment]))
+    assert max(map(len, drawn.values())) == 3
+
+
+def test_lengths_that_follow_the_texts(maker):
+    long = dataclasses.replace(maker, source_length=256, target_length=256)
+    fitted = long.fitted(LISTS)
+    assert 256 in fitted.lengths.values() and fitted.lengths != long.lengths
+    fill = make_rows(fitted, LISTS).fill
+    assert abs(fill["source"] - fill["target"]) < 0.1
+
+
+# ---------------------------------------------------------------- prepared = on the fly
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing": False}, {"samplings": 2, "subword_sampling": 0.2}]
+)
+def test_prepared_rows_are_those_on_the_fly(tmp_path, maker, texts, changes):
+    maker = dataclasses.replace(maker, **changes)
+    prepared = prepare(tmp_path / "rows", maker, texts)
+    on_the_fly = make_rows(maker, texts)
+    assert len(list((tmp_path / "rows").glob("rows-*.arrayrecord"))) > 3
+    assert_same_rows(prepared.rows(), on_the_fly)
+    assert prepared.counts == on_the_fly.counts
+    assert prepared.rows().notes() == on_the_fly.notes()
+    assert prepared.rows()[-1].keys() == on_the_fly[0].keys()
+
+
+def test_shards_are_bounded_in_number_and_of_several_windows(tmp_path, maker, texts, monkeypatch):
+    monkeypatch.setattr("mtllm_jax.data.prepare._MOST_SHARDS", 2)
+    prepared = prepare(tmp_path / "rows", maker, texts)
+    assert len(list((tmp_path / "rows").glob("rows-*.arrayrecord"))) == 2
+    assert_same_rows(prepared.rows(), make_rows(maker, texts))
+
+
+def test_batches_of_prepared_rows_by_workers(tmp_path, maker, texts):
+    """What the trainer reads; the rows go to the workers as names of files."""
+    prepared = prepare(tmp_path / "rows", maker, texts)
+    expected = batches(make_rows(maker, texts), batch_rows=4, seed=1)
+    found = batches(prepared.rows(), batch_rows=4, seed=1, mine=[1, 2], workers=1)
+    for _ in range(5):
+        one, other = next(expected), next(found)
+        for name in one:
+            np.testing.assert_array_equal(one[name][1:3], other[name])
+    found.close()
+
+
+# ---------------------------------------------------------------- begun again
+
+_SCRIPT = """
+import dataclasses, sys, time
+from mtllm_jax.data import packing
+from mtllm_jax.data.files import read_texts
+from mtllm_jax.data.prepare import Maker, prepare
+from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
+root, to = sys.argv[1:]
+packing._WINDOW = 25
+maker = Maker(
+    source_tokenizer(root + "/encoder"), TargetTokenizer(root + "/llm"),
+    "eng_Latn", False, 48, 40, True, 0.0, 1, 5,
+)
+slow = lambda done, total: time.sleep(0.3 if done else 0)
+prepare(to, maker, read_texts(root + "/texts.txt"), workers=2, progress=slow)
+"""
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_and_begun_again_leaves_the_same_bytes(tmp_path, folder, maker, texts):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    prepare(whole, maker, texts)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, folder, killed], env=reduced.environment()
+    )
+    deadline = time.monotonic() + 120
+    while not is_prepared(killed) or "sha256" not in _shards(killed):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(ValueError, match=r"is unfinished, with \d of 5 shards"):
+        Prepared(killed)
+    kept = json.loads((killed / "manifest.json").read_text())["shards"]
+    names = [f"rows-{i:05}-of-00005.arrayrecord" for i, shard in enumerate(kept) if shard]
+    written = {name: (killed / name).stat().st_mtime_ns for name in names}
+    assert 1 <= len(names) < 5
+    told = []
+    prepare(killed, maker, texts, progress=lambda done, total: told.append((done, total)))
+    assert told[0] == (24 * len(names), 120) and told[-1] == (120, 120)
+    assert {name: (killed / name).stat().st_mtime_ns for name in names} == written
+    assert files_of(killed) == files_of(whole)
+    assert len(workers) >= 2
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlived its process"
+        time.sleep(0.05)
+
+
+def _shards(folder):
+    return json.dumps(json.loads((folder / "manifest.json").read_text())["shards"])
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_leaves_the_same_bytes(tmp_path, maker, texts):
+    for workers in (0, 2):
+        prepare(tmp_path / str(workers), maker, texts, workers=workers)
+    assert files_of(tmp_path / "0") == files_of(tmp_path / "2")
+
+
+@pytest.mark.parametrize("other", ["target_length", "seed", "texts"])
+def test_a_folder_of_other_rows_is_refused(tmp_path, maker, folder, texts, other):
+    prepare(tmp_path / "rows", maker, texts)
+    before = files_of(tmp_path / "rows")
+    if other == "texts":
+        (tmp_path / "t.txt").write_text("another text\n")
+        texts = read_texts(tmp_path / "t.txt")
+    else:
+        maker = dataclasses.replace(maker, **{other: 47})
+    with pytest.raises(ValueError, match=rf"rows of other texts or settings .*{other}.*--to\."):
+        prepare(tmp_path / "rows", maker, texts)
+    assert files_of(tmp_path / "rows") == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, maker, texts):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"holds 'thesis.tex'; --to must be a new or empty folder"):
+        prepare(tmp_path, maker, texts)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        prepare(tmp_path / "thesis.tex" / "rows", maker, texts)
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.fixture
+def rows_folder(tmp_path, maker, texts):
+    prepare(tmp_path / "rows", maker, texts)
+    return tmp_path / "rows"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "is missing"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), r"has \d+ bytes instead of \d+"),
+    ],
+)
+def test_a_shard_that_is_missing_or_cut_is_noticed_when_the_folder_is_opened(
+    rows_folder, maker, texts, damage, message
+):
+    before = files_of(rows_folder)
+    damage(rows_folder / "rows-00002-of-00005.arrayrecord")
+    with pytest.raises(
+        ValueError, match=rf"rows-00002-of-00005\.arrayrecord {message}.*mends it\."
+    ):
+        Prepared(rows_folder)
+    prepare(rows_folder, maker, texts)
+    assert files_of(rows_folder) == before
+
+
+def test_a_flipped_byte_is_noticed_when_the_row_is_read_or_changes_none(rows_folder, maker, texts):
+    before = files_of(rows_folder)
+    file = rows_folder / "rows-00001-of-00005.arrayrecord"
+    sound = list(Prepared(rows_folder).rows())
+    noticed = []
+    used = np.flatnonzero(np.frombuffer(before[file.name], np.uint8))  # the rest is padding
+    for place in used[:: len(used) // 60]:
+        data = bytearray(before[file.name])
+        data[place] ^= 0x10
+        file.write_bytes(data)
+        try:
+            assert_same_rows(list(Prepared(rows_folder).rows()), sound)
+        except ValueError as error:
+            noticed.append(str(error))
+    assert len(noticed) > 20
+    assert all("launch/prepare.py, makes damaged shards again." in said for said in noticed)
+    prepare(rows_folder, maker, texts)
+    assert files_of(rows_folder) == before
+
+
+def test_a_manifest_of_another_kind_is_refused(rows_folder):
+    (rows_folder / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(ValueError, match="is no manifest of prepared rows"):
+        Prepared(rows_folder)
+
+
+# ---------------------------------------------------------------- at the door of a run
+
+
+def config_of(folder, **changes):
+    values = load_config(f"{reduced.ROOT}/configs/mtllm.py")
+    training = values["adaptation"]["training"]
+    training |= {"source_length": 48, "target_length": 40}
+    values |= {"encoder": str(folder / "encoder"), "llm": str(folder / "llm")}
+    values |= {"adaptation_text": str(folder / "texts.txt")}
+    for name, value in changes.items():
+        *groups, last = name.split("__")
+        group = values
+        for part in groups:
+            group = group[part]
+        group[last] = value
+    return resolve(MTLLM, values)
+
+
+def read_at_the_door(config):
+    source = source_tokenizer(config.encoder)
+    return inputs._read_adaptation_text(config, source)
+
+
+@pytest.fixture(scope="module")
+def prepared_folder(folder, tmp_path_factory):
+    to = tmp_path_factory.mktemp("prepared") / "rows"
+    said = io.StringIO()
+    recipe.run(config_of(folder), str(to), workers=0, fit_lengths=False, console=Console(said))
+    return to, said.getvalue()
+
+
+def test_a_run_takes_the_folder_in_place_of_the_text(folder, prepared_folder):
+    to, said = prepared_folder
+    assert "120/120 texts" in said and f"Train on it with --config.adaptation_text={to}\n" in said
+    prepared = read_at_the_door(config_of(folder, adaptation_text=str(to), seed=3))
+    assert isinstance(prepared, Prepared) and len(prepared.rows()) == prepared.counts.rows
+
+
+def test_fitted_lengths_come_with_the_flags_that_take_them(folder, tmp_path):
+    said = io.StringIO()
+    config = config_of(folder, adaptation__training__source_length=256)
+    to = tmp_path / "rows"
+    recipe.run(config, str(to), workers=0, fit_lengths=True, console=Console(said))
+    lengths = Prepared(to).rows().lengths
+    assert max(lengths.values()) == 256
+    assert f"--config.adaptation.training.target_length={lengths['target']}" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"adaptation__training__target_length": 64},
+            "training.target_length 40, here it is 64; set it so, or prepare again",
+        ),
+        (
+            {"adaptation__training__source_length": 64},
+            "config.adaptation.training.source_length 48",
+        ),
+        ({"adaptation__training__packing": False}, "config.adaptation.training.packing True"),
+        ({"adaptation__samplings": 2}, "config.adaptation.samplings 1"),
+        ({"adaptation__subword_sampling": 0.1}, "config.adaptation.subword_sampling 0.0"),
+        ({"legacy_source_order": True}, "config.legacy_source_order False"),
+        ({"llm": ""}, "take config.encoder and config.llm"),
+    ],
+)
+def test_rows_that_do_not_fit_the_config_are_refused(folder, prepared_folder, changes, message):
+    to, _ = prepared_folder
+    with pytest.raises(ValueError, match=r"^config\.adaptation_text: .*\.$") as raised:
+        read_at_the_door(config_of(folder, adaptation_text=str(to), **changes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("side", ["encoder", "llm"])
+def test_rows_of_another_tokenizer_are_refused(folder, prepared_folder, tmp_path, side):
+    to, _ = prepared_folder
+    if side == "encoder":
+        train_nllb_tokenizer(NAMES, ["eng_Latn", "deu_Latn"], 500, tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "m2m_100"}))
+    else:
+        train_llama_tokenizer(NAMES, 380, tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=rf"with another tokenizer than that of config\.{side};"):
+        read_at_the_door(config_of(folder, adaptation_text=str(to), **{side: str(tmp_path)}))
+
+
+@pytest.mark.parametrize("field", ["encoder", "llm", "adaptation_text"])
+def test_prepare_needs_models_and_text(folder, tmp_path, field):
+    with pytest.raises(ValueError, match=rf"config\.{field} is ''"):
+        recipe.run(
+            config_of(folder, **{field: ""}),
+            str(tmp_path),
+            workers=0,
+            fit_lengths=False,
+            console=Console(io.StringIO()),
+        )
+
+
+# ---------------------------------------------------------------- real text and tokenizers
+
+
+@pytest.mark.real
+def test_both_streams_are_full_on_real_text(mtllm_data: Path, mtllm_models: Path, monkeypatch):
+    """English of NTREX-128 and NLLB-Seed, XLM-R's tokens against SmolLM2's, at 512 tokens."""
+    monkeypatch.undo()
+    files = ("ntrex128/NTREX-128/newstest2019-src.eng.txt", "nllb_seed/seed/eng_Latn")
+    texts = [line for name in files for line in (mtllm_data / name).read_text("utf-8").splitlines()]
+    maker = Maker(
+        source=source_tokenizer(mtllm_models / "multilingual-e5-small"),
+        target=TargetTokenizer(mtllm_models / "smollm2-135m-instruct"),
+        english="eng_Latn",
+        legacy_source_order=False,
+        source_length=512,
+        target_length=512,
+        packing=True,
+        subword_sampling=0.0,
+        samplings=1,
+        seed=0,
+    ).fitted(texts)
+    assert max(maker.lengths.values()) == 512
+    rows = make_rows(maker, texts)
+    assert min(rows.fill.values()) >= 0.975
+    assert rows.counts.texts == len(texts) and rows.counts.dropped == 0
