@@ -397,7 +397,7 @@ def check_jobset(jobset: dict) -> dict:
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": jobset["metadata"]}
     job |= replicated["template"]
-    for version in ("1.30", kubernetes_validate.latest_version()):
+    for version in ("1.33", kubernetes_validate.latest_version()):
         kubernetes_validate.validate(job, version, strict=True)
     return replicated["template"]["spec"]
 
@@ -525,7 +525,7 @@ def test_the_xpk_line_asks_for_the_same_run(checkout):
     assert given["tpu-type"] == "v5p-32" and given["num-slices"] == "2"
     assert (given["cluster"], given["workload"]) == ("c", "mtllm")
     assert given["docker-image"] == "r/mtllm:1" and given["env"] == "MTLLM_SIGTERM_EXIT=143"
-    assert shlex.split(given["command"]) == ["python", "launch/train.py", *FLAGS]
+    assert shlex.split(given["command"]) == ["exec", "python", "launch/train.py", *FLAGS]
 
 
 # ---------------------------------------------------------------- Slurm

@@ -95,7 +95,8 @@ tpu_type() {
   esac
 }
 
-# xpk starts again what ended with 143, and not what ended with 2, without being asked.
+# xpk starts again what ended with 143, and not what ended with 2, without being asked. exec: the
+# shell around the command hands SIGTERM to its own child and no further.
 xpk_create() {
   edited CLUSTER my-cluster
   [[ -z $DATA ]] || fail 'DATA is set, and xpk would not fetch it; attach it by xpk storage.'
@@ -104,7 +105,7 @@ xpk_create() {
   run xpk workload create "--cluster=$CLUSTER" "--workload=$NAME" "--tpu-type=$type" \
     "--num-slices=$SLICES" "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" \
     --termination-grace-period-seconds=300 --env=MTLLM_SIGTERM_EXIT=143 \
-    "--command=python launch/train.py $(quoted "${TRAIN[@]}")"
+    "--command=exec python launch/train.py $(quoted "${TRAIN[@]}")"
 }
 
 case ${WORDS[0]:-} in
