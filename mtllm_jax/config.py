@@ -63,6 +63,7 @@ class Training:
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
     accumulation: int = 1  # micro-batches a batch is cut into
     checkpoint_every: int = 200  # steps
+    workers: int = 0  # processes that read rows, in each that trains; 0 = threads of it
 
     def check(self, where: str, sides: tuple[str, ...]) -> None:
         """Raise ValueError for what cannot be; `sides` are those that the stage reads."""
@@ -78,6 +79,7 @@ class Training:
         for name in ("accumulation", "checkpoint_every"):
             value = getattr(self, name)
             require(value >= 1, f"{where}.{name}", value, "at least 1")
+        require(self.workers >= 0, f"{where}.workers", self.workers, "0 (threads) or above")
         require(
             self.batch_rows % self.accumulation == 0,
             f"{where}.accumulation",

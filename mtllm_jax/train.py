@@ -1,5 +1,6 @@
 """The training step and the loop around it: the same for every stage of every recipe."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -158,7 +159,14 @@ def fit(
     source = rows()
     stage.notes |= {"rows": len(source), "bytes": _sizes(state, frozen)}
     mine = sharding.process_rows(config.batch_rows, mesh)
-    iterator = batches(source, batch_rows=config.batch_rows, seed=seed, mine=mine, add=add)
+    iterator = batches(
+        source,
+        batch_rows=config.batch_rows,
+        seed=seed,
+        mine=mine,
+        workers=config.workers,
+        add=add,
+    )
     one_step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, accumulation=config.accumulation
     )
@@ -176,7 +184,7 @@ def fit(
             console.print(f"going on from step {step} of {config.steps}")
         log = _Log(stage, title, config.steps, step, console)
         ballot = distributed.Ballot()
-        with graceful_stop() as stop, log:
+        with graceful_stop() as stop, log, contextlib.closing(iterator):
             while step < config.steps:
                 batch = sharding.place_batch(next(iterator), mesh, config.batch_rows)
                 state, terms = step_fn(state, frozen, batch)

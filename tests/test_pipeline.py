@@ -2,6 +2,12 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +72,142 @@ def test_a_restored_position_gives_the_batches_that_follow(taken):
         assert one.keys() == other.keys()
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
+
+
+# ---------------------------------------------------------------- processes and workers
+
+
+class Many(Source):
+    def __len__(self):
+        return 1000
+
+
+class Watched(Many):
+    """Notes in a file which rows were read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __getitem__(self, row):
+        with self.path.open("a") as file:
+            file.write(f"{row}\n")
+        return super().__getitem__(row)
+
+
+class Deadly(Source):
+    """A source that ends the process which reads its last row."""
+
+    def __getitem__(self, row):
+        if row == NUM_ROWS - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(row)
+
+
+def positions(num_processes, batch_rows):
+    """The rows of a batch that each process holds: in turn, as on a mesh that interleaves them."""
+    return [np.arange(batch_rows)[i::num_processes] for i in range(num_processes)]
+
+
+def joined(parts, batch_rows):
+    """The global batch that the processes' parts make up."""
+    whole = np.empty(batch_rows, np.int32)
+    for places, part in zip(positions(len(parts), batch_rows), parts, strict=True):
+        whole[places] = part["row"]
+    return whole.tolist()
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_processes_together_read_the_batches_of_one(num_processes):
+    whole = batches(Source(), batch_rows=4, seed=1)
+    parts = [
+        batches(Source(), batch_rows=4, seed=1, mine=mine) for mine in positions(num_processes, 4)
+    ]
+    for _ in range(7):
+        assert joined([next(part) for part in parts], 4) == next(whole)["row"].tolist()
+
+
+def test_mine_may_be_a_slice_a_list_or_an_array_and_gives_the_order():
+    expected = [batch["row"].tolist() for batch in take(batches(Source(), batch_rows=6, seed=2), 4)]
+    for mine in (slice(2, 5), [4, 0], np.array([4, 0]), range(1, 6, 2)):
+        part = batches(Source(), batch_rows=6, seed=2, mine=mine)
+        places = mine if not isinstance(mine, slice) else range(2, 5)
+        for batch in expected:
+            assert next(part)["row"].tolist() == [batch[place] for place in places]
+
+
+def test_a_process_reads_no_rows_of_others(tmp_path):
+    part = batches(Watched(tmp_path / "read"), batch_rows=10, seed=1, mine=[3, 7])
+    own = [batch["row"].tolist() for batch in take(part, 3)]
+    part.close()
+    read = {int(line) for line in (tmp_path / "read").read_text().split()}
+    ahead = take(batches(Many(), batch_rows=10, seed=1), 30)
+    assert own == [batch["row"][[3, 7]].tolist() for batch in ahead[:3]]
+    assert len(read) <= 60 and read <= {row for batch in ahead for row in batch["row"][[3, 7]]}
+
+
+def test_a_position_holds_for_any_number_of_processes_and_workers():
+    """Saved by one process with threads, restored by two of which one has two workers, and back."""
+    whole = batches(Source(), batch_rows=4, seed=1)
+    take(whole, 3)
+    position = json.loads(json.dumps(whole.get_state()))
+    expected = [batch["row"].tolist() for batch in take(whole, 6)]
+    parts = [
+        batches(Source(), batch_rows=4, seed=1, mine=mine, workers=workers)
+        for mine, workers in zip(positions(2, 4), (2, 0), strict=True)
+    ]
+    for part in parts:
+        part.set_state(position)
+    assert [joined([next(part) for part in parts], 4) for _ in range(4)] == expected[:4]
+    states = [part.get_state() for part in parts]
+    parts[0].close()
+    assert states[0] == states[1]
+    again = batches(Source(), batch_rows=4, seed=1)
+    again.set_state(states[0])
+    assert [batch["row"].tolist() for batch in take(again, 2)] == expected[4:]
+
+
+def test_a_worker_that_dies_is_an_error_and_no_shorter_epoch():
+    read = batches(Deadly(), batch_rows=1, seed=0, workers=1)
+    whole = order(seed=0, count=NUM_ROWS, batch_rows=1).tolist()
+    taken = []
+    with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+        taken.extend(int(batch["row"][0]) for batch in itertools.islice(read, NUM_ROWS))
+    assert len(taken) <= whole.index(NUM_ROWS - 1)
+    read.close()
+
+
+def test_workers_end_with_their_process():
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "from test_pipeline import Source, batches\n"
+        "read = batches(Source(), batch_rows=2, seed=0, workers=1)\n"
+        "next(read); print('reading', flush=True)\n"
+        "while True: next(read)\n"
+    )
+    here = Path(__file__).parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, here, here.parent], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "reading\n"
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [child for file in children for child in file.read_text().split()]
+    assert workers
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlived its process"
+        time.sleep(0.05)
+
+
+def test_what_a_batch_gets_beside_goes_by_its_own_rows():
+    labels = np.arange(NUM_ROWS, dtype=np.int32) * 10
+    part = batches(
+        Source(), batch_rows=4, seed=0, mine=[1, 3], add=add_by_example({"label": labels})
+    )
+    for batch in take(part, 5):
+        assert batch["label"][:, 0].tolist() == (10 * batch["row"]).tolist()
 
 
 def test_tables_by_example():

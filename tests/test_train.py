@@ -292,6 +292,11 @@ def run_fit(folder, *, case=None, add=None, **changes):
     return result, said.getvalue()
 
 
+def test_processes_that_read_rows_change_nothing(tmp_path):
+    (by_threads, _), (by_one, _) = (run_fit(tmp_path / str(n), workers=n) for n in (0, 1))
+    assert_same_trees(by_threads, by_one)
+
+
 def leaves_of(folder):
     """Names of the arrays in a checkpoint."""
     return set(json.loads((folder / "checksums.json").read_text())["checkpoint"]["leaves"])
