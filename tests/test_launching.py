@@ -39,7 +39,7 @@ TRAIN = "TRAIN=(" + " ".join(map(shlex.quote, FLAGS)) + ")"
 SHIPPED_TRAIN = "TRAIN=(--config=configs/mtllm.py:llama3-8b --workdir=)"
 DATA = {"DATA=''": "DATA='gs://b/some data'"}
 
-TPU = {"PROJECT='' ZONE=''": "PROJECT='p' ZONE='z'", SHIPPED_TRAIN: TRAIN, "POLL=60 ": "POLL=0.2 "}
+TPU = {"PROJECT='' ZONE=''": "PROJECT='p' ZONE='z'", SHIPPED_TRAIN: TRAIN, "POLL=60 ": "POLL=0.1 "}
 GKE = {"IMAGE='' CLUSTER=''": "IMAGE='r/mtllm:1' CLUSTER='c'", SHIPPED_TRAIN: TRAIN}
 SLURM = {SHIPPED_TRAIN: TRAIN, ".venv/bin/python": sys.executable}
 
@@ -273,13 +273,40 @@ def test_tpu_watch_does_not_repeat_a_mistake_and_keeps_the_machines(checkout, cl
     live(cloud, ["ACTIVE"])
     done = call(checkout, "tpu/tpu.sh", "watch", FATE="2", **cloud)
     assert done.returncode == 2 and "mistake" in done.stdout
-    assert done_in(cloud) == ["create", "scp", "setup", "start"]
+    begin = ["create", "scp", "setup", "start"]
+    assert done_in(cloud) == begin
     homes = Path(cloud["FAKE_GCLOUD"]) / "workers"
     assert sorted(home.name for home in homes.iterdir()) == ["0", "1"]
     for home in homes.iterdir():
         assert "fate 2" in (home / "mtllm.log").read_text()
         assert (home / "uv.log").read_text().splitlines()[1].endswith("./mtllm_jax[tpu,gcs]")
         assert (home / "mtllm_jax/data/from").read_text() == "gs://b/some data"
+    # The next watch knows that somebody has looked at it.
+    done = call(checkout, "tpu/tpu.sh", "watch", FATE="2 0", **cloud)
+    assert done.returncode == 0 and done_in(cloud) == [*begin, *begin[1:], "delete"]
+
+
+@pytest.mark.slow
+def test_tpu_watch_takes_up_its_own_run_and_leaves_another_alone(checkout, cloud):
+    live(cloud, ["ACTIVE"])
+    for command in ("create", "state", "setup", "run"):
+        assert call(checkout, "tpu/tpu.sh", command, FATE="stays 0", **cloud).returncode == 0
+    edit(checkout / "launch/tpu/tpu.sh", {"gs://bucket/": "gs://tub/"})
+    done = call(checkout, "tpu/tpu.sh", "watch", **cloud)
+    assert done.returncode == 2 and "another command" in done.stderr
+    edit(checkout / "launch/tpu/tpu.sh", {"gs://tub/": "gs://bucket/"})
+    watch = subprocess.Popen(
+        ["bash", "launch/tpu/tpu.sh", "watch"],
+        cwd=checkout,
+        env=os.environ | cloud | {"FATE": "stays 0", "TMPDIR": str(checkout.parent)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    eventually(lambda: done_in(cloud).count("start") == 1 and len(calls(cloud)) > 10)
+    assert call(checkout, "tpu/tpu.sh", "stop", **cloud).returncode == 0
+    said, _ = watch.communicate(timeout=60)
+    assert watch.returncode == 0 and "starting again" in said
+    assert done_in(cloud) == ["create", "scp", "setup", "start", "stop", "start", "delete"]
 
 
 def test_a_tpu_worker_stops_by_sigterm_and_kills_what_does_not_hear_it(checkout, tmp_path):
@@ -306,9 +333,10 @@ def test_a_tpu_worker_stops_by_sigterm_and_kills_what_does_not_hear_it(checkout,
 
     assert worker("status") == "worker: none"
     started("stays")
-    assert worker("status") == "worker: running"
+    assert worker("status", *FLAGS) == "worker: running"
+    assert worker("status", *FLAGS[:-1]) == "worker: busy"
     worker("stop")
-    assert worker("status") == "worker: exit 143"
+    assert worker("status", *FLAGS) == "worker: exit 143"
     started("deaf")
     worker("stop")
     assert worker("status") == "worker: exit 137"

@@ -82,7 +82,9 @@ mkdir mtllm_jax && tar -xzf checkout.tgz -C mtllm_jax && bash $WORKER setup $(qu
 start() { on_workers "bash $WORKER start $(quoted "${TRAIN[@]}")"; }
 
 # status: a line from each worker; a machine without a checkout has no script to ask.
-status() { on_workers "bash $WORKER status 2>&- || echo 'worker: none'"; }
+status() {
+  on_workers "bash $WORKER status $(quoted "${TRAIN[@]}") 2>&- || echo 'worker: none'"
+}
 
 logs() {
   if [[ ${1:-} = all ]]; then
@@ -105,7 +107,7 @@ failed() {
   fi
 }
 
-# again: installs where a worker has nothing yet ($1), and starts the run on all of them.
+# again SAID: starts the run on all workers, as SAID is what they say; new ones are set up before.
 started=0
 again() {
   # What ran for long has got somewhere, and its end is no failure in a row.
@@ -114,17 +116,19 @@ again() {
   case $1 in
     none) say 'setting up' ;;
     *none* | *'exit 143'*) say 'starting again' ;;
-    *) failed "starting again, workers say: ${1//$'\n'/, }" ;;
+    *) failed "starting again, workers say: $1" ;;
   esac
   if { [[ $1 != *none* ]] || install; } && start; then
+    ours=yes
     say 'started'
   else
     failed 'a worker could not be started'
   fi
 }
 
-# Workers are looked at together: each knows only that its own process has ended.
-waited=no
+# look: asks the workers, and acts on what they say together.
+waited=no # for the others, where some have ended
+ours=no   # what an earlier command left on the machines is no news
 look() {
   local said
   # gcloud tells of every connection that it makes; only where one fails is that of use.
@@ -132,20 +136,25 @@ look() {
     say "a worker is out of reach: $(tail -n 1 "$ERRORS")"
     return
   }
-  said=$(sed -n 's/^worker: //p' <<<"$said" | sort -u)
-  case $said in
-    running) waited=no ;;
-    'exit 0')
+  said=$(sed -n 's/^worker: //p' <<<"$said" | sort -u | paste -sd, -)
+  case ,$said, in
+    *,busy,*) fail "the workers run another command; $0 stop ends that." ;;
+    *,running,*) ours=yes ;;
+  esac
+  if [[ $ours = no ]]; then said=none; fi
+  case ,$said, in
+    ,running,) waited=no ;;
+    ',exit 0,')
       say 'the run is done; deleting the machines'
       delete
       exit 0
       ;;
-    *'exit 2'*)
+    *',exit 2,'*)
       say "the command has a mistake (exit code 2), see $0 logs; the machines are kept"
       exit 2
       ;;
     # Some have ended: the others save, or notice within a while that they are alone.
-    *running*)
+    *,running,*)
       if [[ $waited = yes ]]; then again "$said"; fi
       waited=yes
       ;;
@@ -168,13 +177,11 @@ watch() {
       ACTIVE) look ;;
       SUSPENDED)
         failures=0
-        delete || true
-        continue
+        delete && continue
         ;;
       FAILED)
         failed 'the request failed'
-        delete || true
-        continue
+        delete && continue
         ;;
     esac
     sleep "$POLL"

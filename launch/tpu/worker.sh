@@ -4,7 +4,7 @@
 #   worker.sh setup DATA      a Python of its own in mtllm_venv, with the checkout in mtllm_jax; the
 #                             gs:// folder DATA, if it is not '', in mtllm_jax/data
 #   worker.sh start FLAG...   launch/train.py in the background; its output is added to mtllm.log
-#   worker.sh status          one line: worker: none | running | exit CODE
+#   worker.sh status FLAG...  one line: worker: none | running | exit CODE | busy (with other flags)
 #   worker.sh stop            SIGTERM; what has not ended after GRACE seconds is killed
 
 set -euo pipefail
@@ -31,6 +31,7 @@ running() { ! flock --nonblock mtllm.lock true; }
 start() {
   stop
   rm -f mtllm.exit mtllm.pid
+  echo "${@@Q}" >mtllm.flags
   # A session of its own outlives the ssh connection. 143 tells stopped from finished.
   # shellcheck disable=SC2016
   MTLLM_SIGTERM_EXIT=143 setsid nohup bash -c '
@@ -45,7 +46,9 @@ start() {
 }
 
 status() {
-  if running; then
+  if running && [[ $(<mtllm.flags) != "${*@Q}" ]]; then
+    echo 'worker: busy'
+  elif running; then
     echo 'worker: running'
   elif [[ -s mtllm.exit ]]; then
     echo "worker: exit $(<mtllm.exit)"
