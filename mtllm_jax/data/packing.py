@@ -180,10 +180,11 @@ def _record(
 def _best_fit(sizes_MS: np.ndarray, lengths: Sequence[int]) -> list[list[int]]:
     """Which texts lie in a row together: rows of places, each in order.
 
-    grain's packers (first fit, best fit by the sum of what is left) leave one of two streams open
-    where texts differ in their ratio. Here a text goes where the room that is left is most of its
-    own shape (the smallest angle between the two), the longest texts first, among as few rows as
-    could hold all; texts without a place begin again in rows of their own.
+    grain's packers, first fit and best fit by the sum of what is left, keep room in one of two
+    streams where texts differ in their ratio (benchmarks/packing.py). Here a text goes where the
+    room that is left is most of its own shape (the smallest angle between the two), the longest
+    texts first, among as few rows as could hold all; texts without a place begin again in rows of
+    their own.
     """
     whole = math.lcm(*lengths)  # of each stream: its parts are then whole numbers, and exact
     shares_MS = sizes_MS * (whole // np.array(lengths))
