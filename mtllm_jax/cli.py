@@ -85,9 +85,10 @@ def run_main(
         quit_on_signal()
         where = f"stopped: {stopped}" if str(stopped) else "stopped."
         after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has shown ^C on this line
-        print(after_echo + where, file=sys.stderr)
-        if flags.FLAGS.is_parsed() and resumes():
-            print(f"Go on with: {same_command()}", file=sys.stderr)
+        if distributed.is_first() or not isinstance(stopped, Interrupted):  # which is known to all
+            print(after_echo + where, file=sys.stderr)
+            if flags.FLAGS.is_parsed() and resumes():
+                print(f"Go on with: {same_command()}", file=sys.stderr)
         code = last_stop().exit_code
     except Exception as error:
         lost = distributed.lost(error)

@@ -84,7 +84,9 @@ def start() -> None:
             raise
         return  # libtpu is installed, but this machine belongs to no cluster
     except RuntimeError as error:
-        raise ValueError(f"{_where(given)} cannot be used: {_first_line(error)}") from None
+        raise ValueError(
+            f"{_where(given)} cannot be used ({_first_line(error)}); is that port taken?"
+        ) from None
     finally:
         overdue.cancel()
     state = distributed.global_state
@@ -102,8 +104,8 @@ def named_in(environment: Mapping[str, str]) -> dict[str, Any] | None:
         return {"num_processes": 1} if found else None
     if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in found]:
         raise ValueError(
-            f"{', '.join(found)} is set, but not {' and '.join(missing)}: several processes need all"
-            f" three of {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}."
+            f"{', '.join(found)} is set, but not {' and '.join(missing)}: several processes need"
+            f" {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}."
         )
     for name in (COUNT, INDEX):
         if not found[name].isdecimal():
