@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 import reduced
 import tiny_folders
@@ -16,6 +17,7 @@ from mtllm_jax.models.nllb import NLLB, NLLBConfig
 from mtllm_jax.recipes.inputs import read_inputs
 from mtllm_jax.recipes.systems import translator
 from mtllm_jax.schema import resolve
+from mtllm_jax.sharding import make_mesh
 
 TEXTS = [line.split("\t")[0] for line in reduced.TRAIN] + [row[0] for row in reduced.TEST]
 
@@ -87,7 +89,8 @@ def test_a_run_without_a_translation_model(own, tmp_path):
 def test_a_translator_of_its_own(own, folders):
     config = read(own | {"translator": str(folders / "m2m100")})
     rows = [dict(zip(("text", "label", "language"), row, strict=True)) for row in reduced.TEST]
-    into_english = translator(config, folders / "m2m100")
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    into_english = translator(config, folders / "m2m100", mesh)
     texts = into_english(rows)
     assert texts[0] == "Kenya"  # English is left as it is
     assert len(texts) == 4 and texts[1] != rows[1]["text"]
