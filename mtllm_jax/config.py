@@ -245,7 +245,7 @@ class MTLLM:
     """MT-LLM, from checkpoints to the table."""
 
     recipe: Literal["mtllm"]
-    name: str  # of the settings: mini, llama3-8b
+    name: str  # of the settings: mini, llama3-8b, llama3-8b-24gb
     seed: int  # of all that training draws
     # Of the embedded text and its splits, apart from `seed`: runs of several seeds share one test,
     # and none of it lies in the dev split that settings were chosen on.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from configs.mtllm import llama3_8b, mini
+from configs.mtllm import llama3_8b, llama3_8b_24gb, mini
 from mtllm_jax import config as c
 from mtllm_jax import sharding
 from mtllm_jax.plan import abstract, chips, compiled, search, sizes
@@ -100,12 +100,14 @@ def test_sizes_come_from_folders_and_from_the_recipe(tmp_path):
 # ---------------------------------------------------------------- memory
 
 
-def test_what_lies_on_a_chip_is_what_placing_arrays_puts_there():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_what_lies_on_a_chip_is_what_placing_arrays_puts_there(dtype):
     """Frozen, trained and optimizer state on eight devices, some arrays cut and some whole."""
     sizes_ = dataclasses.replace(sizes.LLMS["llama3-8b"], width=256, ffn_width=512, num_layers=2)
     llm = dataclasses.replace(sizes_, num_heads=8, head_width=32, vocab_size=1001)
     encoder = dataclasses.replace(sizes.ENCODERS["nllb-600m"], width=128, vocab_size=1001)
-    config = dataclasses.replace(llama3_8b(), mesh=c.Mesh(data=2, fsdp=2, tensor=2))
+    mesh = c.Mesh(data=2, fsdp=2, tensor=2)
+    config = dataclasses.replace(llama3_8b(), mesh=mesh, frozen_dtype=dtype)
     small = abstract.stage_1(search.with_training(config, batch_rows=8), encoder, llm)
     machine = chips.topology("h100:8")
     found = estimate(small, machine).memory
@@ -132,6 +134,42 @@ def test_the_llm_lies_there_once_with_adapters_and_twice_without():
     layers = 4 * 6.98e9 / 64
     assert all_.trainable == pytest.approx(layers, rel=0.01)
     assert all_.optimizer == pytest.approx(2 * layers, rel=0.01)
+
+
+def test_the_recipe_for_24_gb_fits_them():
+    config = llama3_8b_24gb()
+    whole, training = llama3_8b().adaptation.training, config.adaptation.training
+    assert training == dataclasses.replace(whole, accumulation=training.accumulation)
+    encoder, llm = sizes.ENCODERS["nllb-600m"], sizes.LLMS["llama3-8b"]
+    plan = make_plan(abstract.stage_1(config, encoder, llm), chips.one_gpu(24), by_compiler=False)
+    assert plan.fits and plan.largest_batch >= whole.batch_rows
+    # A byte for each weight of the LLM's maps (32 layers: two of D × D, two of D × 1024, three of
+    # D × F) and four for each output; two for each of the embeddings' and the output's.
+    D, F, V = 4096, 14_336, 128_256
+    weights = 32 * (2 * D * D + 2 * D * 1024 + 3 * D * F)
+    outputs = 32 * (D + 2 * 1024 + D + 2 * F + D)
+    # NLLB's 12 layers: four maps of E × E, two of E × 4 E.
+    E = 1024
+    weights += 12 * 12 * E * E
+    outputs += 12 * (4 * E + 4 * E + E)
+    rest = 2 * V * D + 256_206 * E
+    norms_and_biases = 65 * D + 12 * (9 * E + 4 * E + 2 * E) + 2 * E
+    wanted = weights + 4 * outputs + 2 * (rest + norms_and_biases)
+    assert plan.memory.frozen == pytest.approx(wanted, rel=1e-4)
+
+
+def test_weights_in_int8_are_gathered_and_read_as_they_lie():
+    machine = chips.topology("h100:8")
+    floats, int8 = (estimate(step(frozen_dtype=t), machine) for t in ("bfloat16", "int8"))
+    gathered = [one.traffic["all-gather"] for one in (floats, int8)]
+    # Three times the LLM's maps and once the encoder's, of which a chip has an eighth.
+    assert gathered[0] - gathered[1] == pytest.approx((3 * 6.98e9 + 0.15e9) * 7 / 8, rel=0.01)
+    assert int8.memory_traffic < floats.memory_traffic
+    assert int8.memory.activations == floats.memory.activations
+    alone = chips.one_gpu(141)
+    floats, int8 = (estimate(step(frozen_dtype=t), alone).memory for t in ("bfloat16", "int8"))
+    # Of a layer two matrices are widened at a time.
+    assert int8.activations - floats.activations == 2 * 2 * 4096 * 14_336
 
 
 def test_activations_grow_with_rows_and_shrink_with_micro_batches():
@@ -179,6 +217,8 @@ def test_where_nothing_fits_alone_all_changes_are_tried_together():
         "--config.trained=lora",
         "--config.adaptation.training.accumulation=256",
     ]
+    plan = make_plan(step(), chips.one_gpu(24), by_compiler=False)
+    assert "--config.frozen_dtype=int8" in [change.flags for change in plan.changes]
 
 
 def test_a_sweep_holds_what_fits_the_fastest_first():

@@ -93,7 +93,15 @@ class Linear(nnx.Module):
         rows = x.reshape(-1, x.shape[-1]) if axis_size("context") == 1 else x
         # A bias is added before rounding: rounded twice, a sum is further off than torch's.
         rounded = None if self.bias is None else jnp.float32
-        y = jnp.matmul(rows, weight(self.kernel, x.dtype), preferred_element_type=rounded)
+
+        def product(rows: Array) -> Array:
+            kernel = weight(self.kernel, x.dtype)
+            return jnp.matmul(rows, kernel, preferred_element_type=rounded)
+
+        if self.kernel_scale is not None or axis_size("fsdp") > 1:
+            # Backward the kernel is widened and gathered again: kept, all layers would be.
+            product = jax.checkpoint(product, prevent_cse=False)
+        y = product(rows)
         if self.kernel_scale is not None:
             y = y.astype(jnp.float32) * over_last(weight(self.kernel_scale, jnp.float32), y.ndim)
         if self.bias is not None:

@@ -21,6 +21,7 @@ from mtllm_jax.models.bridge import Bridge
 from mtllm_jax.models.layers import split
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
+from mtllm_jax.models.quantised import in_dtype
 from mtllm_jax.models.stack import Stack
 from mtllm_jax.recipes import stacking
 from mtllm_jax.train import TrainState, make_optimizer, train_step
@@ -87,8 +88,8 @@ def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, texts: int = 1) -
     """The step of general adaptation, of models of these sizes. texts: N, packed in a row."""
     training, dtype = config.adaptation.training, jnp.dtype(config.frozen_dtype)
     encoder, llm = with_options(config, encoder), with_options(config, llm)
-    encoder_module = _shapes_of(functools.partial(_new_encoder, encoder), dtype)
-    llm_module = _shapes_of(lambda: Llama(llm, nnx.Rngs(0)), dtype)
+    encoder_module = in_dtype(nnx.eval_shape(lambda: _new_encoder(encoder)), dtype)
+    llm_module = in_dtype(nnx.eval_shape(lambda: Llama(llm, nnx.Rngs(0))), dtype)
 
     def build(encoder_module: Any, llm_module: Any) -> Stack:
         bridge = Bridge(encoder.width, llm.width, 1.0, nnx.Rngs(0))
@@ -139,8 +140,3 @@ def laid(tree: Any, mesh: AnyMesh) -> Any:
 def _new_encoder(config: Encoder) -> NLLB | Bert:
     rngs = nnx.Rngs(0)
     return NLLB(config, rngs) if isinstance(config, NLLBConfig) else Bert(config, rngs)
-
-
-def _shapes_of(make: Callable[[], Any], dtype: jnp.dtype) -> Any:
-    graph, state = nnx.split(nnx.eval_shape(make))
-    return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state))

@@ -151,17 +151,14 @@ class _Layout:
             position += queries + keys + 2 * D + 2 * F
         elif self.llm.remat == "none":
             position += _SAVED_D * D + _SAVED_F * F + _SAVED_H * (queries + keys)
-        elements = self.llm.num_layers * self.sources * position
-        if self.llm.remat == "none" and self.fsdp > 1:
-            # What was gathered forward is kept too, so that a chip ends up with all layers.
-            elements += _matrices(self.step.frozen["stack"], "llm") / self.tensor
-        return elements * self.dtype.itemsize
+        return self.llm.num_layers * self.sources * position * self.dtype.itemsize
 
     def working(self) -> float:
         """The most that lives at once while one layer of the student is gone through backward."""
         D, F = self.llm.width, self.llm.ffn_width / self.tensor
         position = _WORKING_D * D + _WORKING_F * F
-        weights = 2 * D * F if self.fsdp > 1 else 0.0
+        # Matrices that are gathered, or widened from int8.
+        weights = 2 * D * F if self.fsdp > 1 or self.step.config.frozen_dtype == "int8" else 0.0
         return (self.sources * position + weights) * self.dtype.itemsize + self.scores()
 
     def scores(self) -> float:
@@ -189,15 +186,15 @@ class _Layout:
     def traffic(self) -> dict[str, float]:
         """Bytes that a chip receives in a step, by kind of collective."""
         frozen, trainable = self.step.frozen["stack"], self.step.state.trainable
-        kernels = _matrices(frozen, "llm") + _matrices(trainable, "llm")
         width, times = self.dtype.itemsize, self.times
+        kernels = self._kernels(frozen, "llm") + self._kernels(trainable, "llm")
         # The student forward and backward, the teacher and the encoder once.
-        gathered = 3 * kernels + _matrices(frozen, "encoder")
+        gathered = 3 * kernels + self._kernels(frozen, "encoder")
         learnt = sum(x.size for x in jax.tree.leaves(trainable))
         embedded = self.sources * self.step.encoder.width + self.targets * self.llm.width
         cut_by_fsdp = _share(self.fsdp) / self.tensor
         return {
-            "all-gather": times * width * (gathered * cut_by_fsdp + self._keys()),
+            "all-gather": times * (gathered * cut_by_fsdp + width * self._keys()),
             "reduce-scatter": times * width * learnt * cut_by_fsdp,
             "all-reduce": times * width * self._tensor_sums()
             + 2 * _share(self.data) * times * width * learnt / (self.fsdp * self.tensor),
@@ -223,8 +220,8 @@ class _Layout:
         """Bytes read from and written to a chip's memory in a step, as far as products go: what
         each reads and leaves, and weights as often as they are read or gathered."""
         frozen, trainable = self.step.frozen["stack"], self.step.state.trainable
-        llm = _matrices(frozen, "llm") + _matrices(trainable, "llm")
-        encoder = _matrices(frozen, "encoder")
+        llm = self._kernels(frozen, "llm") + self._kernels(trainable, "llm")
+        encoder = self._kernels(frozen, "encoder")
         gathers = 1 if self.fsdp > 1 else 0
         again = 1 if self.llm.remat == "full" else 0
         weights = ((3 + again) * llm + encoder + gathers * (3 * llm + encoder)) / self.tensor
@@ -232,7 +229,15 @@ class _Layout:
         forward = self.targets * ends + self.sources * (ends + _ends(frozen, "encoder"))
         moved = forward + self.sources * (2 + again) * ends
         state = 2 * (self.bytes_of(trainable) + self.bytes_of(self.step.state.opt_state))
-        return self.times * self.dtype.itemsize * (weights + moved / self.tensor) + state
+        return self.times * (weights + self.dtype.itemsize * moved / self.tensor) + state
+
+    def _kernels(self, state: Any, part: str) -> int:
+        """Bytes of the matrices of linear maps below `state[part]`, as products read them: in
+        int8, or else in the dtype that is computed in."""
+        return sum(
+            math.prod(x.shape) * (1 if x.dtype == jnp.int8 else self.dtype.itemsize)
+            for x in _matrices(state, part)
+        )
 
 
 def _share(ways: int) -> float:
@@ -240,16 +245,13 @@ def _share(ways: int) -> float:
     return (ways - 1) / ways
 
 
-def _matrices(state: Any, part: str) -> int:
-    """Elements of the matrices of linear maps below `state[part]`."""
-    return sum(math.prod(shape) for shape in _shapes(state, part))
-
-
 def _ends(state: Any, part: str) -> int:
-    """Inputs and outputs of all these linear maps together, for one position."""
-    return sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in _shapes(state, part))
+    """Inputs and outputs of all linear maps below `state[part]` together, for one position."""
+    shapes = (x.shape for x in _matrices(state, part))
+    return sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
 
 
-def _shapes(state: Any, part: str) -> list[tuple[int, ...]]:
+def _matrices(state: Any, part: str) -> list[jax.ShapeDtypeStruct]:
+    """The matrices of linear maps below `state[part]`."""
     leaves = jax.tree_util.tree_leaves_with_path(state.get(part, {}))
-    return [x.shape for path, x in leaves if flops.is_matrix(path)]
+    return [x for path, x in leaves if flops.is_matrix(path)]

@@ -101,6 +101,12 @@ def _smaller(config: MTLLM, machine: Machine) -> list[tuple[str, Callable[[MTLLM
             setting(frozen_dtype="bfloat16"),
         ),
         (config.trained == "all", "--config.trained=lora", setting(trained="lora")),
+        (
+            (config.frozen_dtype, config.trained, config.distillation.start)
+            == ("bfloat16", "lora", "stage1"),
+            "--config.frozen_dtype=int8",
+            setting(frozen_dtype="int8"),
+        ),
     ]
     return [(flags, make) for is_open, flags, make in choices if is_open]
 

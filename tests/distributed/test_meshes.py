@@ -112,6 +112,11 @@ def test_fsdp():
     cut = [x for x in jax.tree.leaves(trainable) if not x.sharding.is_fully_replicated]
     assert len(cut) == 8  # the bridge, and of each of seven maps the factor that D is in
     assert all(x.addressable_shards[0].data.size == x.size // 8 for x in cut)
+    # Nor are layers kept that way: what is gathered forward is gathered again backward. (Layers of
+    # states have the shape of one stack, [2, 3 · 16 positions, D].)
+    stacks = {x.shape for x in jax.tree.leaves(tiny.stage("adaptation-lora").frozen) if x.ndim == 3}
+    whole = {shape for shape in stacks if f"f32[{','.join(map(str, shape))}]" in program}
+    assert len(stacks) > 5 and whole <= {(2, ROWS // 8 * 16, D)}
 
 
 def test_tensor():
