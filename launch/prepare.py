@@ -13,7 +13,7 @@ from mtllm_jax.config import MTLLM
 
 _TO = flags.DEFINE_string("to", None, "folder to be written; new, empty, or begun before")
 _WORKERS = flags.DEFINE_integer(
-    "workers", os.cpu_count() or 1, "processes that tokenise and pack; 0: this one", lower_bound=0
+    "workers", os.cpu_count() or 1, "processes that tokenise and pack; 0: this one"
 )
 _FIT_LENGTHS = flags.DEFINE_bool(
     "fit_lengths", False, "the longer of the config's two lengths, the other by the texts' ratio"
@@ -24,6 +24,8 @@ def main(config: MTLLM) -> None:
     """Hand the flags over."""
     if not _TO.value:
         raise ValueError("--to is missing; name the folder to be written, --to=DIR.")
+    if _WORKERS.value < 0:
+        raise ValueError(f"--workers is {_WORKERS.value}; it must be 0 (this process) or above.")
     # Late, so that a mistake at the door is answered before anything heavy is imported.
     from mtllm_jax.metrics import Console
     from mtllm_jax.recipes import prepare

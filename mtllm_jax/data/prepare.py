@@ -2,8 +2,8 @@
 
 Both go the same way, so that the rows are the same: texts are drawn into one global order, which is
 cut into windows, and each window is tokenised and packed by itself. A shard of a folder
-(`prepared`) is the rows of one or several windows. It appears whole or not at all, and then the
-manifest says so: `prepare` begun again makes what is missing or damaged, and nothing else.
+(`prepared`) is the rows of one or several windows. It appears whole or not at all, and then a note
+says what it is: `prepare` begun again makes what is missing or damaged, and nothing else.
 """
 
 import dataclasses
@@ -202,9 +202,9 @@ def prepare(
     manifest = _begun(path, {"texts": _described(texts), **maker.describe()}, num_windows)
     shards = manifest["shards"]
     files = [path / shard_name(i, len(shards)) for i in range(len(shards))]
-    for i, shard in enumerate(shards):
-        if shard is not None and not prepared.is_whole(files[i], shard):
-            shards[i] = None
+    for i, file in enumerate(files):
+        shard = shards[i] or prepared.read_note(file)
+        shards[i] = shard if shard and prepared.is_whole(file, shard) else None
 
     def tasks() -> Iterator[Task]:
         for i in [i for i, shard in enumerate(shards) if shard is None]:
@@ -217,14 +217,13 @@ def prepare(
     show()
     for i, shard in _made(maker, tasks(), workers):
         shards[i] = shard
-        write_json(epath.Path(path / MANIFEST), manifest)
         show()
     counts = sum((Counts(**shard["counts"]) for shard in shards), Counts())
     _check_some(counts)
-    for leftover in path.glob(".*.unfinished"):
-        leftover.unlink()
     manifest |= {"finished": True, "counts": dataclasses.asdict(counts)}
     write_json(epath.Path(path / MANIFEST), manifest)
+    for leftover in (*path.glob(".*.unfinished"), *map(prepared.note_of, files)):
+        leftover.unlink(missing_ok=True)
     return Prepared(path)
 
 
@@ -277,7 +276,7 @@ def _made(
     try:
         for place, file, windows in tasks:
             running[pool.submit(_work, file, windows)] = place
-            if len(running) >= 2 * workers:
+            if len(running) > workers:
                 yield from _finished(running)
         while running:
             yield from _finished(running)
@@ -337,4 +336,5 @@ def _write_shard(maker: Maker, file: Path, windows: list[Window]) -> dict[str, A
         "counts": dataclasses.asdict(counts),
     }
     os.replace(unfinished, file)
+    write_json(epath.Path(prepared.note_of(file)), about)
     return about

@@ -3,8 +3,9 @@
     manifest.json                      what it was made from, its shards, what became of the texts
     rows-00000-of-00042.arrayrecord …  the records that `packing` describes, in the global order
 
-ArrayRecord keeps a checksum of each record and refuses one that does not match; the manifest holds
-the sizes of the shards, looked at when the folder is opened, and their SHA-256.
+While it is being made, each shard that is finished has a note beside it, what the manifest will say
+of it. ArrayRecord keeps a checksum of each record and refuses one that does not match; the manifest
+holds the sizes of the shards, looked at when the folder is opened, and their SHA-256.
 """
 
 import dataclasses
@@ -45,7 +46,10 @@ class Prepared:
         manifest = read_manifest(self._folder)
         shards = manifest["shards"]
         if not manifest["finished"]:
-            made = sum(shard is not None for shard in shards)
+            made = sum(
+                note_of(self._folder / shard_name(i, len(shards))).is_file()
+                for i in range(len(shards))
+            )
             raise ValueError(
                 f"{folder} is unfinished, with {made} of {len(shards)} shards; the command that"
                 " began it, launch/prepare.py, goes on."
@@ -143,6 +147,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def shard_name(shard: int, num_shards: int) -> str:
     """The file of shard number `shard`."""
     return f"rows-{shard:05}-of-{num_shards:05}.arrayrecord"
+
+
+def note_of(file: Path) -> Path:
+    """Where the note of a shard lies until the manifest is finished."""
+    return file.with_suffix(".json")
+
+
+def read_note(file: Path) -> dict[str, Any] | None:
+    """The note of a shard, if there is one."""
+    note = note_of(file)
+    return read_json(epath.Path(note)) if note.is_file() else None
 
 
 def is_whole(file: Path, shard: Mapping[str, Any]) -> bool:
