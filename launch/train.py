@@ -33,17 +33,18 @@ def main(config: MTLLM) -> None:
     where the environment says so."""
     values = cli.to_dict(config)
     path = _WORKDIR.value or f"runs/{config.recipe}-{config.name}"
-    results = None if _DRY_RUN.value else finished_results(path, values)
+    distributed.start()
+    results = None
+    if not _DRY_RUN.value:
+        results = distributed.by_first(lambda: finished_results(path, values))
     # Late, so that a mistake at the door is answered before anything heavy is imported.
     from mtllm_jax.metrics import Console
     from mtllm_jax.results import results_table
 
+    console = Console()
     if results is not None:
-        console = Console()
         console.print(results_table(results, epath.Path(path), console.width))
         return
-    distributed.start()
-    console = Console()
     recipe = importlib.import_module(RECIPES[config.recipe][1])
     if idle := recipe.idle_fields(config, cli.overridden()):
         console.warn(idle)

@@ -85,10 +85,13 @@ def run_main(
         quit_on_signal()
         where = f"stopped: {stopped}" if str(stopped) else "stopped."
         after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has shown ^C on this line
-        if distributed.is_first() or not isinstance(stopped, Interrupted):  # which is known to all
+        together = isinstance(stopped, Interrupted)  # all of several processes, at the same step
+        if distributed.is_first() or not together:
             print(after_echo + where, file=sys.stderr)
             if flags.FLAGS.is_parsed() and resumes():
                 print(f"Go on with: {same_command()}", file=sys.stderr)
+        if together:
+            distributed.finish()
         code = last_stop().exit_code
     except Exception as error:
         lost = distributed.lost(error)

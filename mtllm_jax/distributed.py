@@ -55,12 +55,13 @@ def start() -> None:
     JAX_PROCESS_ID), or where jax finds them by itself: on a Cloud TPU (a queued resource, GKE), in
     a Slurm or an Open MPI job of several tasks. JAX_NUM_PROCESSES=1 keeps a process on its own.
 
-    Raises ValueError for variables that are half set or no numbers, or a port that is taken. Ends
-    the process with exit code 1 if the others have not come within five minutes.
+    Raises ValueError for variables that are half set or no numbers, for a job that jax does not
+    find, or a port that is taken. Ends the process with exit code 1 if the others have not come
+    within five minutes.
     """
     global _JOB
-    given = named_in(os.environ)
-    if given is None and not _may_be_in_a_job(os.environ):
+    given, tasks = named_in(os.environ), several_tasks(os.environ)
+    if given is None and tasks is None and importlib.util.find_spec("libtpu") is None:
         return
     if given is not None and given["num_processes"] == 1:
         return
@@ -79,10 +80,13 @@ def start() -> None:
             initialization_timeout=_GATHER_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    except ValueError:
-        if given is not None:
-            raise
-        return  # libtpu is installed, but this machine belongs to no cluster
+    except ValueError as error:
+        if given is None and tasks is None:
+            return  # libtpu is installed, but this machine belongs to no cluster
+        raise ValueError(
+            f"{tasks} says that there are several processes, but jax finds no job of theirs"
+            f" ({_first_line(error)}); set {ADDRESS}, {COUNT} and {INDEX}."
+        ) from None
     except RuntimeError as error:
         raise ValueError(
             f"{_where(given)} cannot be used ({_first_line(error)}); is that port taken?"
@@ -121,12 +125,15 @@ def named_in(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return {"coordinator_address": found[ADDRESS], "num_processes": count, "process_id": index}
 
 
-def _may_be_in_a_job(environment: Mapping[str, str]) -> bool:
-    """Whether jax is to look for a cluster. A job of one task is none: jax would then show one GPU
-    of those that the task has."""
-    slurm = "SLURM_STEP_NODELIST" in environment and environment.get("SLURM_NTASKS", "1") != "1"
-    open_mpi = environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1"
-    return slurm or open_mpi or importlib.util.find_spec("libtpu") is not None
+def several_tasks(environment: Mapping[str, str]) -> str | None:
+    """The variable by which Slurm or Open MPI says that this is one of several tasks.
+
+    A job of one task is left alone: jax would show it one GPU of those that the task has.
+    """
+    names = ["OMPI_COMM_WORLD_SIZE"]
+    if "SLURM_STEP_NODELIST" in environment:  # which a batch script without srun has not
+        names.append("SLURM_NTASKS")
+    return next((name for name in names if environment.get(name, "1") != "1"), None)
 
 
 def in_job() -> bool:

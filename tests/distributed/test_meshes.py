@@ -13,10 +13,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mtllm_jax import sharding
 from mtllm_jax.config import Mesh
+from mtllm_jax.decode import translate
+from mtllm_jax.models.nllb import NLLB
 from mtllm_jax.train import TrainState, make_optimizer, train_step
 
 pytestmark = [
@@ -176,3 +179,33 @@ def test_a_step():
         one.trainable,
     )
     assert max(jax.tree.leaves(moved)) < 0.01
+
+
+class Numbers:
+    """A tokenizer of texts that are numbers."""
+
+    pad_id = tiny.ENCODER.pad_id
+
+    def encode(self, texts, language, *, max_length):
+        return [np.array([5, *map(int, text.split()), tiny.ENCODER.eos_id]) for text in texts]
+
+    def decode(self, rows):
+        return [" ".join(map(str, row)) for row in rows]
+
+    def language_id(self, code):
+        return 6
+
+
+@pytest.mark.parametrize("config", MIXED[:2])
+def test_translations(config):
+    """The very same tokens; the last batch has rows that only fill it."""
+    model, rng = NLLB(tiny.ENCODER, tiny.rngs()), np.random.default_rng(1)
+    for _, variable in nnx.to_flat_state(nnx.state(model)):  # so much that texts count
+        noise = 0.5 * rng.normal(size=variable.shape)
+        variable[...] = (np.asarray(variable[...]) + noise).astype(np.float32)
+    texts = [" ".join(map(str, rng.integers(7, tiny.VOCAB, n))) for n in rng.integers(1, 6, 11)]
+    limits = {"max_length": 16, "max_new_tokens": 6, "batch_size": 8}
+    wanted = translate(model, Numbers(), texts, "deu_Latn", "eng_Latn", **limits)
+    assert len(set(wanted)) > 6
+    got = translate(model, Numbers(), texts, "deu_Latn", "eng_Latn", **limits, mesh=mesh_of(config))
+    assert got == wanted
