@@ -68,12 +68,11 @@ class Maker:
         sources, cut_sources = encode_cut(self._encode_source(place), texts, self.source_length)
         targets, cut_targets = encode_cut(self._encode_target, texts, self.target_length)
         # What stands around every text, a language or BOS, is no text.
-        frame, target_frame = self._encode_source(place)([""], None), self.target.encode([""])
-        least = len(frame[0]), len(target_frame[0])
+        frames = self.source.encode([""], self.english) + self.target.encode([""])
         kept = [
             i
             for i, sides in enumerate(zip(sources, targets, strict=True))
-            if all(len(side) > few for side, few in zip(sides, least, strict=True))
+            if all(len(ids) > len(frame) for ids, frame in zip(sides, frames, strict=True))
         ]
         counts = Counts(
             texts=len(texts),
@@ -90,14 +89,14 @@ class Maker:
         )
         return records, dataclasses.replace(counts, rows=packed.rows, tokens=packed.tokens)
 
-    def _encode_source(self, place: int) -> Callable[[Sequence[str], int | None], Ids]:
+    def _encode_source(self, place: int) -> Callable[[Sequence[str], int], Ids]:
         alpha = self.subword_sampling or None
         seed = zlib.crc32(f"{self.seed}/{place}".encode())
         return lambda texts, length: self.source.encode(
             texts, self.english, sampling_alpha=alpha, seed=seed, max_length=length
         )
 
-    def _encode_target(self, texts: Sequence[str], length: int | None) -> Ids:
+    def _encode_target(self, texts: Sequence[str], length: int) -> Ids:
         return self.target.encode(texts, max_length=length)
 
     def fitted(self, texts: AnyTexts) -> "Maker":
@@ -105,6 +104,7 @@ class Maker:
         longest = max(self.lengths.values())
         both = dataclasses.replace(self, source_length=longest, target_length=longest)
         _, counts = both.window(next(_windows(_order(both, len(texts)), texts)))
+        _check_some(counts)
         fitted = packing.fitting_lengths(counts.tokens, self.lengths)
         return dataclasses.replace(
             self, source_length=fitted["source"], target_length=fitted["target"]

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -124,6 +126,8 @@ def test_texts_without_a_token_are_dropped_and_counted(maker):
     assert kept == set(range(1, 43)) - {31, 42}
     with pytest.raises(ValueError, match=r"none of the 2 texts of stage 1 holds a token\."):
         make_rows(maker, ["", ""])
+    with pytest.raises(ValueError, match="holds a token"):
+        maker.fitted([""])
 
 
 def test_samplings_segment_each_text_anew_and_the_same_each_time(maker):
@@ -242,6 +246,21 @@ def test_any_number_of_workers_leaves_the_same_bytes(tmp_path, maker, texts):
     for workers in (0, 2):
         prepare(tmp_path / str(workers), maker, texts, workers=workers)
     assert files_of(tmp_path / "0") == files_of(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_one_sentence_and_what_is_done_is_kept(tmp_path, maker, texts):
+    def progress(done, total):
+        if done:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+
+    with pytest.raises(ValueError, match=r"one of the 1 --workers was killed, .* if need be\."):
+        prepare(tmp_path / "rows", maker, texts, workers=1, progress=progress)
+    told = []
+    prepare(tmp_path / "rows", maker, texts, progress=lambda done, total: told.append(done))
+    assert told[0] > 0
+    assert_same_rows(Prepared(tmp_path / "rows").rows(), make_rows(maker, texts))
 
 
 @pytest.mark.parametrize("other", ["target_length", "seed", "texts"])
