@@ -156,7 +156,7 @@ def _start(
 ) -> tuple[Array, Cache]:
     """The forced language token [B], and the cache that holds the `</s>` before it."""
     B = ids_BS.shape[0]
-    memory_BSE = model.encode(ids_BS, segments_BS, dtype)
+    memory_BSE = model.encode(ids_BS, segments_BS, dtype, packed=False)
     cache = model.start_cache(memory_BSE, segments_BS, num_inputs)
     start_B = jnp.full((B,), model.config.eos_id, jnp.int32)
     _, cache = model.step(start_B, jnp.int32(0), cache)

@@ -7,14 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from flax import nnx
 
 from mtllm_jax import sharding
 from mtllm_jax.config import Mesh
-from mtllm_jax.models.bert import BertConfig
+from mtllm_jax.models import layers, llama
+from mtllm_jax.models.bert import Bert, BertConfig
 from mtllm_jax.models.llama import LlamaConfig
 from mtllm_jax.models.nllb import NLLBConfig
+from mtllm_jax.models.stack import classification_head, llm_pooled
 from mtllm_jax.ops import attention as module
 from mtllm_jax.ops.attention import BACKENDS, attention, check_attention, choose_backend
+from mtllm_jax.plan.abstract import abstract_mesh
+from mtllm_jax.recipes import stacking
 
 QUICK = {"xla_backend_optimization_level": 0}
 GPU = jax.default_backend() == "gpu"
@@ -435,6 +441,52 @@ def test_cudnn_itself(causal, window):
 
 
 # ---------------------------------------------------------------- what a backend can do
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_auto_asks_whether_rows_are_packed(packed, monkeypatch):
+    """As traced for a GPU: its own kernel reads one text a row."""
+    found = []
+    for name in ("cudnn", "xla"):
+
+        def stand_in(q_BTNH, *others, name=name, **options):
+            found.append(name)
+            return q_BTNH
+
+        monkeypatch.setattr(module, f"_{name}_attention", stand_in)
+    mesh = abstract_mesh(Mesh(1, 1, 1), 1, "gpu")
+    head = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
+    segments = np.ones((2, 128), np.int32)
+    options = {"query_segments_BT": segments, "key_segments_BS": segments, "packed": packed}
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(functools.partial(attention, **options), head, head, head)
+    assert found == ["xla" if packed else "cudnn"]
+
+
+@pytest.mark.parametrize("num_texts", [1, 2])
+def test_every_model_of_the_stack_says_whether_rows_are_packed(num_texts, monkeypatch):
+    told = []
+
+    def spy(*args, packed, **options):
+        told.append(packed)
+        return attention(*args, packed=packed, **options)
+
+    for place in (layers, llama):
+        monkeypatch.setattr(place, "attention", spy)
+    parts, ids = tiny.parts(), np.ones((2, 8), np.int32)
+    stack = stacking.build_stack(tiny.settings(), parts, 0)
+    head = classification_head(tiny.ENCODER.width, 2, nnx.Rngs(0))
+    encoder = stacking.EncoderClassifier(parts.encoder, head)
+    bert = Bert(BertConfig(8, 16, 1, 2, 16, num_positions=8), nnx.Rngs(0))
+    for run in (
+        lambda: stack.pooled(ids, ids, num_texts, causal=False),
+        lambda: llm_pooled(parts.llm, ids, ids, num_texts, causal=False),
+        lambda: encoder.pooled(ids, ids, num_texts, jnp.float32, None),
+        lambda: bert.encode(ids, ids, packed=num_texts > 1),
+    ):
+        told.clear()
+        jax.eval_shape(run)
+        assert told and set(told) == {num_texts > 1}
 
 
 def test_the_table_says_what_the_code_does():

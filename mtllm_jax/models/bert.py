@@ -97,9 +97,17 @@ class EncoderLayers(nnx.Module):
         self.ffn_norm = LayerNorm(c.width, c.eps, rngs, c.num_layers)
         self.activation = c.activation
 
-    def __call__(self, h_BSE: Array, segments_BS: Array, dropout_key: Array | None) -> Array:
+    def __call__(
+        self,
+        h_BSE: Array,
+        segments_BS: Array,
+        dropout_key: Array | None,
+        packed: bool = True,
+    ) -> Array:
         attention_key, in_key, out_key = split_key(dropout_key, 3)
-        read_BSE = self.attention(h_BSE, h_BSE, segments_BS, segments_BS, dropout_key=attention_key)
+        read_BSE = self.attention(
+            h_BSE, h_BSE, segments_BS, segments_BS, packed=packed, dropout_key=attention_key
+        )
         h_BSE = self.attention_norm(h_BSE + read_BSE)
         inner_BSF = ACTIVATIONS[self.activation](self.ffn_in(h_BSE, in_key))
         return self.ffn_norm(h_BSE + self.ffn_out(inner_BSF, out_key))
@@ -129,11 +137,13 @@ class Bert(nnx.Module):
         segments_BS: Array,
         dtype: DTypeLike = jnp.float32,
         dropout_key: Array | None = None,
+        packed: bool = True,
     ) -> Array:
-        """The last layer's states [B, S, E], computed in `dtype`."""
+        """The last layer's states [B, S, E], computed in `dtype`. packed=False promises one text a
+        row, from its first position on."""
         return scan_layers(
             self.layers,
-            lambda layer, h, key: layer(h, segments_BS, key),
+            lambda layer, h, key: layer(h, segments_BS, key, packed),
             self.embed(ids_BS, positions_in_segment(segments_BS), dtype),
             num_layers=self.config.num_layers,
             dropout_key=dropout_key,

@@ -208,6 +208,7 @@ class Attention(nnx.Module):
         memory_segments_BS: Array,
         *,
         causal: bool = False,
+        packed: bool = True,
         dropout_key: Array | None = None,
     ) -> Array:
         """[B, T, E]: what the positions of `x` read from those of `memory` of their own segment."""
@@ -219,6 +220,7 @@ class Attention(nnx.Module):
             query_segments_BT=segments_BT,
             key_segments_BS=memory_segments_BS,
             causal=causal,
+            packed=packed,
             backend=self.backend,
         )
         return self.out(read_BTNH.reshape(x_BTE.shape), out_key)

@@ -138,12 +138,15 @@ class LlamaLayers(nnx.Module):
         positions_BT: Array,
         *,
         causal: bool,
+        packed: bool = True,
         dropout_key: Array | None = None,
     ) -> Array:
         """One layer: attention, then feed-forward, each added to the residual stream."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
         x_BTD = self.attention_norm(h_BTD)
-        h_BTD = h_BTD + self.attend(x_BTD, segments_BT, positions_BT, keys[:4], causal=causal)
+        h_BTD = h_BTD + self.attend(
+            x_BTD, segments_BT, positions_BT, keys[:4], causal=causal, packed=packed
+        )
         return h_BTD + self.feed_forward(self.ffn_norm(h_BTD), keys[4:])
 
     def attend(
@@ -154,6 +157,7 @@ class LlamaLayers(nnx.Module):
         keys: Sequence[Array | None] = (None,) * 4,
         *,
         causal: bool,
+        packed: bool = True,
     ) -> Array:
         """Grouped-query attention with rotary positions, [B, T, D]. keys: dropout of q, k, v, o."""
         config = self.config
@@ -172,6 +176,7 @@ class LlamaLayers(nnx.Module):
             key_segments_BS=segments_BT,
             causal=causal,
             window=config.sliding_window if causal else None,
+            packed=packed,
             backend=config.attention,
         )
         return self.o(mixed_BTNH.reshape(*x_BTD.shape[:2], -1), keys[3])
@@ -209,18 +214,22 @@ class Llama(nnx.Module):
         segments_BT: Array,
         *,
         causal: bool,
+        packed: bool = True,
         dropout_key: Array | None = None,
     ) -> Array:
         """Input states → states after the final norm, [B, T, D] in the dtype of `h_BTD`.
 
         segments_BT: int32, 0 = padding, 1..N = the packed text of a position, ascending in a row;
         positions restart in each. What comes out at padding has no meaning. causal=False lets
-        every token see its whole text and drops the sliding window. dropout_key: LoRA's dropout.
+        every token see its whole text and drops the sliding window. packed=False promises one text
+        a row, from its first position on. dropout_key: LoRA's dropout.
         """
         positions_BT = positions_in_segment(segments_BT)
 
         def layer(layers: LlamaLayers, h_BTD: Array, key: Array | None) -> Array:
-            return layers(h_BTD, segments_BT, positions_BT, causal=causal, dropout_key=key)
+            return layers(
+                h_BTD, segments_BT, positions_BT, causal=causal, packed=packed, dropout_key=key
+            )
 
         h_BTD = scan_layers(
             self.layers,

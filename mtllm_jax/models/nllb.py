@@ -93,11 +93,17 @@ class EncoderLayers(nnx.Module):
         in_key, out_key = split_key(dropout_key, 2)
         return h_BTE + self.ffn_out(jax.nn.relu(self.ffn_in(self.ffn_norm(h_BTE), in_key)), out_key)
 
-    def __call__(self, h_BSE: Array, segments_BS: Array, dropout_key: Array | None) -> Array:
+    def __call__(
+        self,
+        h_BSE: Array,
+        segments_BS: Array,
+        dropout_key: Array | None,
+        packed: bool = True,
+    ) -> Array:
         attention_key, ffn_key = split_key(dropout_key, 2)
         x_BSE = self.self_attention_norm(h_BSE)
         h_BSE = h_BSE + self.self_attention(
-            x_BSE, x_BSE, segments_BS, segments_BS, dropout_key=attention_key
+            x_BSE, x_BSE, segments_BS, segments_BS, packed=packed, dropout_key=attention_key
         )
         return self.feed_forward(h_BSE, ffn_key)
 
@@ -190,12 +196,14 @@ class NLLB(nnx.Module):
         segments_BS: Array,
         dtype: DTypeLike = jnp.float32,
         dropout_key: Array | None = None,
+        packed: bool = True,
     ) -> Array:
-        """The encoder's normalised states [B, S, E], computed in `dtype`."""
+        """The encoder's normalised states [B, S, E], computed in `dtype`. packed=False promises one
+        text a row, from its first position on."""
         h_BSE = self.embed(ids_BS, positions_in_segment(segments_BS), dtype)
         h_BSE = scan_layers(
             self.encoder,
-            lambda layer, h, key: layer(h, segments_BS, key),
+            lambda layer, h, key: layer(h, segments_BS, key, packed),
             h_BSE,
             num_layers=self.config.encoder_layers,
             dropout_key=dropout_key,

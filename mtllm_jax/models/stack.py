@@ -20,8 +20,15 @@ from mtllm_jax.models.llama import Llama
 class Encoder(Protocol):
     """What the stack asks of a text encoder."""
 
-    def encode(self, ids_BS: Array, segments_BS: Array, dtype: DTypeLike = jnp.float32) -> Array:
-        """States [B, S, E]."""
+    def encode(
+        self,
+        ids_BS: Array,
+        segments_BS: Array,
+        dtype: DTypeLike = jnp.float32,
+        *,
+        packed: bool = True,
+    ) -> Array:
+        """States [B, S, E]. packed=False promises one text a row, from its first position on."""
 
 
 class Stack(nnx.Module):
@@ -69,10 +76,11 @@ class Stack(nnx.Module):
         states when `key` is given; the same key drops LoRA inputs.
         """
         noise_key, dropout_key = (None, None) if key is None else jax.random.split(key)
-        h_BSE = self.encoder.encode(ids_BS, segments_BS, dtype)
+        packed = num_texts > 1
+        h_BSE = self.encoder.encode(ids_BS, segments_BS, dtype, packed=packed)
         h_BSE = add_noise(h_BSE, segments_BS, num_texts, *noise, noise_key)
         return self.llm.hidden(
-            self.bridge(h_BSE), segments_BS, causal=causal, dropout_key=dropout_key
+            self.bridge(h_BSE), segments_BS, causal=causal, packed=packed, dropout_key=dropout_key
         )
 
 
@@ -87,7 +95,13 @@ def llm_pooled(
     key: Array | None = None,
 ) -> Array:
     """The LLM's own pooled state of its own tokens, BOS included [code]. float32 [B, N, D]."""
-    h_BTD = llm.hidden(llm.embed(ids_BT, dtype), segments_BT, causal=causal, dropout_key=key)
+    h_BTD = llm.hidden(
+        llm.embed(ids_BT, dtype),
+        segments_BT,
+        causal=causal,
+        packed=num_texts > 1,
+        dropout_key=key,
+    )
     return segment_mean(h_BTD, segments_BT, num_texts)
 
 

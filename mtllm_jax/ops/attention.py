@@ -15,11 +15,10 @@ where the model has, and keys of another length than the queries.
 
 - `xla`: plain products and a softmax. Where there are many scores, some queries at a time are read,
   so that neither scores nor mask are ever whole.
-- `cudnn`: cuDNN's fused attention, which is told how long a row's text is and nothing more: a row
-  holds one text, from its first position on. Any other row comes out as NaN.
+- `cudnn`: cuDNN's fused attention, which is told how long a row's text is and nothing more. A row
+  of another kind than was promised comes out as NaN.
 - `splash`: JAX's Pallas kernel, blocks of scores at a time.
-- `auto`: the fastest of them that can do what is asked. Without a word about the rows they may be
-  packed, so it is cudnn only for those who know better (`choose_backend`).
+- `auto`: the fastest of them that can do what is asked.
 
 Under a mesh, rows lie over data × fsdp, heads over tensor and queries over context; over context,
 each device gathers all keys and values of its rows.
@@ -142,14 +141,16 @@ def attention(
     key_segments_BS: Array,
     causal: bool = False,
     window: int | None = None,
+    packed: bool = True,
     backend: str = "auto",
 ) -> Array:
     """Softmax attention among the positions of one packed text. Returns [B, T, N, H].
 
     Segments are int32, 0 = padding; a query sees the keys of its own segment alone. causal: only
     keys at or before its own place in the row; window: only the last `window` of those (Mistral's
-    sliding window). Scores are scaled by H^-1/2 and normalised in float32. What a query without a
-    key to see reads is finite, and has no meaning. ValueError where the backend cannot do it.
+    sliding window). packed=False promises one text a row, from its first position on. Scores are
+    scaled by H^-1/2 and normalised in float32. What a query without a key to see reads is finite,
+    and has no meaning. ValueError where the backend cannot do it.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     platform, context = layout.platform(), layout.axis_size("context")
@@ -159,11 +160,12 @@ def attention(
         backend = "xla"
     elif backend == "auto":
         backend = choose_backend(
-            platform, segments=True, head_width=H, dtype=q_BTNH.dtype, context=context
+            platform, segments=packed, head_width=H, dtype=q_BTNH.dtype, context=context
         )
     check_attention(
         backend,
         platform,
+        segments=packed,
         causal=causal,
         window=window,
         head_width=H,

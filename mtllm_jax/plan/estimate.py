@@ -175,7 +175,7 @@ class _Layout:
             return self.llm.attention
         return choose_backend(
             self.platform,
-            segments=True,
+            segments=self.step.texts > 1,
             head_width=self.llm.head_width,
             dtype=self.dtype,
             context=self.context,

@@ -499,7 +499,9 @@ class EncoderClassifier(nnx.Module):
         self, ids_BS: Array, segments_BS: Array, num_texts: int, dtype: Any, key: Array | None
     ) -> Array:
         """Mean of the encoder's states over each text. float32 [B, N, E]."""
-        h_BSE = self.encoder.encode(ids_BS, segments_BS, dtype, dropout_key=key)
+        h_BSE = self.encoder.encode(
+            ids_BS, segments_BS, dtype, dropout_key=key, packed=num_texts > 1
+        )
         return segment_mean(h_BSE, segments_BS, num_texts)
 
 

@@ -27,11 +27,15 @@ MB = 1_000_000
 
 
 @functools.cache
-def step(models, trained="lora", remat="full", rows=256):
+def step(models, trained="lora", remat="full", rows=256, attention="auto"):
     recipe = llama3_8b()
     training = dataclasses.replace(recipe.adaptation.training, batch_rows=rows)
     config = dataclasses.replace(
-        recipe, trained=trained, remat=remat, adaptation=c.Adaptation(training=training)
+        recipe,
+        trained=trained,
+        remat=remat,
+        attention=attention,
+        adaptation=c.Adaptation(training=training),
     )
     encoder, llm = sizes.encoder_sizes(config, models[0]), sizes.llm_sizes(config, models[1])
     return abstract.stage_1(config, encoder, llm)
@@ -56,11 +60,12 @@ def test_it_lowers():
 def lower_and_look(machine, models):
     platform, num_devices = MACHINES[machine]
     mesh = mesh_of(num_devices, platform)
-    one = step(models)
+    # cuDNN's attention lowers where its library is.
+    one = step(models, attention="xla" if platform == "gpu" else "auto")
     lowered = one.lower(mesh)
     text = lowered.as_text()
     assert f'"fsdp"={num_devices}' in text
-    # Plain products on GPUs, whose fused attention wants unpacked rows; a kernel on TPUs.
+    # Plain products on GPUs; a kernel on TPUs.
     assert ("tpu_custom_call" in text) == (platform == "tpu")
     # Weights are arguments: a constant of the program would be on every chip, uncut.
     for value, shape in re.findall(
