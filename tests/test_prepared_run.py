@@ -1,0 +1,41 @@
+"""A run on prepared rows is, bit for bit, the run that packs the same text itself."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import reduced
+
+
+def launch(script, *arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, reduced.ROOT / "launch" / script, *arguments],
+        cwd=cwd,
+        env=reduced.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(run):
+    lines = (run / "adaptation" / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)]
+
+
+@pytest.mark.slow
+def test_stage_1_on_prepared_rows(tmp_path, own_run):
+    config = f"--config={own_run}/config.json"
+    said = launch("prepare.py", config, "--to=rows", "--workers=1", cwd=tmp_path)
+    assert said.endswith("Train on it with --config.adaptation_text=rows\n")
+    launch("train.py", config, "--config.adaptation_text=rows", "--workdir=run", cwd=tmp_path)
+    assert losses(tmp_path / "run") == losses(own_run)
+    notes = [
+        json.loads((run / "adaptation/done.json").read_text())
+        for run in (own_run, tmp_path / "run")
+    ]
+    assert notes[0]["packing"] == notes[1]["packing"]
+    assert notes[0]["packing"]["texts"] == 40 and notes[0]["packing"]["dropped"] == 0
