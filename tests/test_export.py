@@ -14,6 +14,7 @@ import mtllm_jax
 torch = pytest.importorskip("torch", reason="exports are loaded with torch (the `test` extra)")
 import transformers  # noqa: E402
 from huggingface_hub import ModelCard  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 TEXTS = ["Kenia und Ghana", "ケニア", "Kenya and Ghana", "Peru"]
 LANGUAGES = ["deu_Latn", "jpn_Jpan", "eng_Latn", "deu_Latn"]
@@ -82,6 +83,41 @@ def test_torch_predicts_what_the_run_predicted(name, flags, exported, request):
     np.testing.assert_allclose(again.encode(TEXTS, LANGUAGES), expected, atol=1e-4)
     assert again.labels == ours.labels and again.languages == ours.languages
     assert again.classify(TEXTS, LANGUAGES)[0].keys() == answers[0].keys()
+
+
+@pytest.mark.slow
+def test_a_run_over_int8_is_written_with_the_weights_that_were_quantised(
+    tmp_path, mini_run, exported
+):
+    """Those of the folders that it started from, in bfloat16, beside what it learnt."""
+    fields = reduced.own_fields(tmp_path, mini_run) | {
+        **{"trained": "lora", "distillation.start": "stage1", "frozen_dtype": "int8"},
+        **{"compute_dtype": "bfloat16", "lora.rank": "4"},
+    }
+    arguments = (*reduced.ARGUMENTS, *reduced.flags(fields), "--workdir=run")
+    done = reduced.train(*arguments, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    run = tmp_path / "run"
+    folder = exported(run, "--format=hf", "--adapters=kept")
+    written = load_file(folder / "model.safetensors")
+    for part, started_from in (("encoder", "mini_nllb"), ("llm", "mini_llama")):
+        original = load_file(mini_run / started_from / "model" / "model.safetensors")
+        compared = 0
+        for name, tensor in written.items():
+            stem = f"model.{part}." if part == "encoder" else "model."
+            plain = name.replace(".base_layer", "").replace(f"{part}.", stem, 1)
+            if name.startswith(f"{part}.layers") and plain in original:
+                assert torch.equal(tensor, original[plain].to(torch.bfloat16)), name
+                compared += 1
+        assert compared > 8
+    assert "over weights in int8" in (folder / "README.md").read_text(encoding="utf-8")
+    # The run computes with what is within half a step of them, in bfloat16.
+    over_int8 = mtllm_jax.load(run).encode(TEXTS, LANGUAGES)
+    floats = mtllm_jax.load(folder).encode(TEXTS, LANGUAGES)
+    cosines = np.sum(over_int8 * floats, axis=1) / (
+        np.linalg.norm(over_int8, axis=1) * np.linalg.norm(floats, axis=1)
+    )
+    assert np.all(cosines > 0.995) and not np.allclose(over_int8, floats, atol=1e-4)
 
 
 def test_both_tokenizers_and_the_card(exported, mini_run):
