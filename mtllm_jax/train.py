@@ -16,6 +16,7 @@ from jax import Array
 from mtllm_jax import distributed, sharding
 from mtllm_jax.checkpoint import Checkpointer, has_params, load_params, save_params, tree_hash
 from mtllm_jax.config import Training
+from mtllm_jax.data.packing import Rows
 from mtllm_jax.data.pipeline import Batch, batches
 from mtllm_jax.interrupt import Interrupted, graceful_stop
 from mtllm_jax.metrics import Console, MetricsWriter
@@ -158,6 +159,8 @@ def fit(
     state = sharding.place(state, mesh)
     source = rows()
     stage.notes |= {"rows": len(source), "bytes": _sizes(state, frozen)}
+    if isinstance(source, Rows):
+        stage.notes["packing"] = source.notes()
     mine = sharding.process_rows(config.batch_rows, mesh)
     iterator = batches(
         source,

@@ -68,6 +68,8 @@ def test_every_file_is_there_and_none_was_left_behind(mini_run):
         assert read(mini_run / stage / "done.json")["seconds"] >= 0
     for stage in TRAINED:
         assert any((mini_run / stage / "checkpoints").iterdir())
+        packing = read(mini_run / stage / "done.json")["packing"]
+        assert packing["rows"] > 0 and all(0 < share <= 1 for share in packing["fill"].values())
     assert {path.stem for path in (mini_run / "predictions").iterdir()} == SYSTEMS
     marks = (".unfinished", ".part", ".partial", "orbax-checkpoint-tmp")
     assert [p for p in mini_run.rglob("*") if any(mark in p.name for mark in marks)] == []

@@ -42,7 +42,6 @@ from mtllm_jax.models.llama import Llama
 from mtllm_jax.models.stack import Stack, classification_head, llm_pooled, segment_mean
 from mtllm_jax.objectives import Terms, classification, pooled_mse
 from mtllm_jax.recipes.job import Job
-from mtllm_jax.runfolder import StageFolder
 from mtllm_jax.tasks.classification import Classification
 from mtllm_jax.train import Objective, fit
 
@@ -201,7 +200,7 @@ def general_adaptation(
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
 
         def rows() -> Rows:
-            packed = _noted(stage, adaptation_rows(config, parts, english, seed))
+            packed = adaptation_rows(config, parts, english, seed)
             job.console.print(packed.told())
             return packed
 
@@ -273,7 +272,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClas
             objective=teacher_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _noted(stage, _target_rows(parts, task, training)),
+            rows=lambda: _target_rows(parts, task, training),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
@@ -313,12 +312,6 @@ def _packed(
     rows = pack(texts, {stream: length}, {stream: pad_id}, packing=training.packing)
     counts = dataclasses.replace(rows.counts, truncated={stream: cut})
     return dataclasses.replace(rows, counts=counts)
-
-
-def _noted(stage: StageFolder, rows: Rows) -> Rows:
-    """The same rows, what packing came to written down."""
-    stage.notes["packing"] = rows.notes()
-    return rows
 
 
 # ---------------------------------------------------------------- stage 2b: task distillation
@@ -376,7 +369,7 @@ def task_distillation(
             objective=distillation_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _noted(stage, _source_rows(config, parts, task, training)),
+            rows=lambda: _source_rows(config, parts, task, training),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
@@ -537,7 +530,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Classification) -> 
             objective=encoder_objective(config, graph),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _noted(stage, _source_rows(config, parts, task, training)),
+            rows=lambda: _source_rows(config, parts, task, training),
             mesh=job.mesh,
             seed=seed,
             console=job.console,
