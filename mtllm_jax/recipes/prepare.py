@@ -24,6 +24,11 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     for field in ("encoder", "llm", "adaptation_text"):
         if not getattr(config, field):
             raise ValueError(f"config.{field} is ''; text is prepared for models that are there.")
+    if fit_lengths and not config.adaptation.training.packing:
+        raise ValueError(
+            "--fit_lengths has no effect with config.adaptation.training.packing False, where a row"
+            " is one text."
+        )
     config, _ = locate_models(config, {}, weights=False)
     with naming("encoder"):
         source = source_tokenizer(

@@ -438,6 +438,14 @@ def test_prepare_needs_models_and_text(folder, tmp_path, field):
         )
 
 
+def test_lengths_are_fitted_to_packed_rows_alone(folder, tmp_path):
+    config = config_of(folder, adaptation__training__packing=False)
+    with pytest.raises(ValueError, match="--fit_lengths has no effect"):
+        recipe.run(
+            config, str(tmp_path), workers=0, fit_lengths=True, console=Console(io.StringIO())
+        )
+
+
 # ---------------------------------------------------------------- real text and tokenizers
 
 
