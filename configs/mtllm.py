@@ -114,7 +114,8 @@ def llama3_8b() -> c.MTLLM:
 
     The LLM is to have LLM2Vec's adapters merged, MNTP and then SimCSE [code]: they are named by
     `llm_adapters`, or merged in the folder that `llm` names. Differences that remain:
-    AdamW in float32 rather than 8 bit, and frozen weights in bfloat16 rather than NF4 [ours].
+    AdamW in float32 rather than 8 bit, and frozen weights in bfloat16 (or int8, `llama3_8b_24gb`)
+    rather than NF4 [ours].
     """
     tiny = mini()
     return dataclasses.replace(

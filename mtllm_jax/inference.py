@@ -50,7 +50,8 @@ class Vectors:
         pending = []
         for places in by_length([len(text) for text in texts], self._batch_rows):
             chosen = [texts[i] for i in places]
-            rows = padded(chosen, "text", self._pad_id, rows=self._batch_rows)
+            ways = self._mesh.shape["context"]
+            rows = padded(chosen, "text", self._pad_id, rows=self._batch_rows, ways=ways)
             batch = sharding.place_batch(rows, self._mesh)
             # Dispatch does not wait: the next batch is padded while this one is computed.
             pending.append(

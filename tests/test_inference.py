@@ -16,8 +16,8 @@ def summed(weights_VD, ids_BS, segments_BS):
     return jnp.sum(weights_VD[ids_BS] * segments_BS[:, :, None], axis=1)
 
 
-def vectors(batch_rows, num_devices=1):
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:num_devices])
+def vectors(batch_rows, num_devices=1, **axes):
+    mesh = sharding.make_mesh(Mesh(**axes), jax.devices()[:num_devices])
     return Vectors(summed, jnp.asarray(WEIGHTS), pad_id=7, batch_rows=batch_rows, mesh=mesh)
 
 
@@ -27,6 +27,13 @@ def test_each_text_in_its_place(batch_rows, num_devices):
     texts = [rng.integers(0, 50, rng.integers(1, 90)) for _ in range(33)]
     got = vectors(batch_rows, num_devices)(texts)
     assert got.dtype == np.float32
+    np.testing.assert_allclose(got, [WEIGHTS[text].sum(0) for text in texts], atol=1e-4)
+
+
+def test_lengths_are_cut_over_any_number_of_devices():
+    """Six divide no length that is a multiple of 8 or 32 alone."""
+    texts = [np.arange(length) % 50 for length in (3, 40, 70)]
+    got = vectors(4, num_devices=6, context=6)(texts)
     np.testing.assert_allclose(got, [WEIGHTS[text].sum(0) for text in texts], atol=1e-4)
 
 
