@@ -10,7 +10,9 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from toy_model import TABLE, abstract, mesh_of
 
 from mtllm_jax import sharding
@@ -41,6 +43,14 @@ def main(port: str, process: str, folder: str, out: str, fsdp: str, tensor: str)
     rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
     lora.attach(loaded, rank=2, alpha=2, dropout=0.0, targets=("up",), rngs=rngs)
     write_folder(f"{out}-merged", {}, export_tensors(loaded, TABLE, merge_lora=True))
+    Files.read = read
+    int8 = load_into(abstract(), opened, TABLE, jnp.int8, mesh=mesh)
+    flat = {".".join(map(str, keys)): x[...] for keys, x in nnx.to_flat_state(nnx.state(int8))}
+    arrays = multihost_utils.process_allgather(
+        {name: x for name, x in flat.items() if name.startswith("layers")}, tiled=True
+    )
+    if jax.process_index() == 0:
+        np.savez(f"{out}-int8.npz", **{name: x.astype(np.float32) for name, x in arrays.items()})
     print(json.dumps(spans))
 
 

@@ -13,6 +13,7 @@ import pytest
 from toy_model import D, F, L, random_tensors, saved
 
 from mtllm_jax.hf.tensors import Tensors
+from mtllm_jax.models.quantised import quantised
 
 SCRIPT = Path(__file__).parents[1] / "one_of_two_processes.py"
 
@@ -69,5 +70,10 @@ def test_each_reads_its_own_rows_and_the_first_writes(fsdp, tensor, tmp_path):
         for name, array in tensors.items():
             wanted = array.astype(ml_dtypes.bfloat16)
             np.testing.assert_array_equal(again.read(name), wanted, strict=True)
+    with np.load(tmp_path / "out-int8.npz") as found:
+        for name in ("up", "down"):
+            layers = [tensors[f"model.layers.{layer}.{name}.weight"].T for layer in range(L)]
+            for suffix, wanted in zip(("", "_scale"), quantised(np.stack(layers)), strict=True):
+                np.testing.assert_array_equal(found[f"layers.{name}.kernel{suffix}"], wanted)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert not list(tmp_path.glob(".*"))
