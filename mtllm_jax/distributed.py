@@ -24,9 +24,8 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 
 _GATHER_SECONDS = 300  # for all processes to come; machines of one job do not start at once
 _HEARTBEAT_SECONDS = 30  # without a sign of life a process counts as dead; jax's own default is 100
-_LOOK_SECONDS = 1.0  # between two looks at whether another process has left
+_LOOK_SECONDS = 1.0  # between two looks at what another process has decided, or whether it left
 _LEAVE_SECONDS = 10  # for all processes to leave together
-_FOREVER_MS = 10**9  # 11 days: process 0 may train a tokenizer, or copy a large model, meanwhile
 
 _DECISION, _LEFT = "mtllm/decision", "mtllm/left"
 _LOST = re.compile(r"gloo|nccl|connection|socket|heartbeat|unavailable|unhealthy", re.IGNORECASE)
@@ -158,7 +157,19 @@ def by_first(function: Callable[[], Value]) -> Value:
     key = f"{_DECISION}/{_JOB.decisions}"
     if is_first():
         _JOB.client.key_value_set(key, json.dumps(function()))
-    return json.loads(_JOB.client.blocking_key_value_get(key, _FOREVER_MS))
+    return json.loads(_awaited(_JOB, key))
+
+
+def _awaited(job: _Job, key: str) -> str:
+    """The value of a key, once there is one; signals are heeded between the looks."""
+    import jax
+
+    while True:
+        try:
+            return job.client.blocking_key_value_get(key, round(_LOOK_SECONDS * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 def after_first(function: Callable[[], Value]) -> Value:

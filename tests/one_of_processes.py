@@ -7,6 +7,7 @@ Two devices a process. Prints, as JSON, what all must agree on.
 
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ def main() -> None:
     assert distributed.in_job() and distributed.is_first() == first
     assert jax.process_count() == 2 and len(jax.devices()) == 4
 
+    # Longer than one look for the answer takes.
+    assert distributed.by_first(lambda: time.sleep(2.5) or "late") == "late"
     called = []
     said = [distributed.by_first(lambda i=i: called.append(i) or [i, "é", None]) for i in range(3)]
     assert said == [[0, "é", None], [1, "é", None], [2, "é", None]]
