@@ -28,7 +28,8 @@ def check_available() -> None:
 
 
 def quantised(kernel_LIO: Array) -> tuple[Array, Array]:
-    """int8 [L, I, O], and the float32 scale [L, O] of its outputs."""
+    """int8 [L, I, O], and the float32 scale [L, O] of its outputs. ValueError without qwix."""
+    check_available()
     import qwix  # here, as it is an extra
 
     found = qwix.quantize(kernel_LIO.astype(jnp.float32), jnp.int8, channelwise_axes=(0, 2))
