@@ -174,7 +174,9 @@ def llama3_8b() -> c.MTLLM:
             final_rate=0.0,
             checkpoint_every=1000,
         ),
-        evaluation=c.Evaluation(split="test", batch_rows=64, max_length=512, max_new_tokens=512),
+        evaluation=c.Evaluation(
+            split="test", batch_rows=64, max_length=512, max_new_tokens=512, num_beams=5
+        ),
         mesh=c.Mesh(data=1, fsdp=-1, tensor=1),  # [ours]
         compute_dtype="bfloat16",  # [code]
         frozen_dtype="bfloat16",  # [ours]

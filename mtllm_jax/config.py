@@ -233,11 +233,14 @@ class Evaluation:
     batch_rows: int  # texts per forward pass
     max_length: int  # tokens of a text, both sides; longer ones are cut
     max_new_tokens: int  # of a translation
+    num_beams: int = 1  # hypotheses of a translation that are searched over; 1 = greedy
 
     def check(self) -> None:
         for name, least in (("batch_rows", 1), ("max_length", 4), ("max_new_tokens", 1)):
             value = getattr(self, name)
             require(value >= least, f"evaluation.{name}", value, f"at least {least}")
+        beams = self.num_beams
+        require(1 <= beams <= 8, "evaluation.num_beams", beams, "from 1 to 8")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """NLLB, a translation encoder-decoder in the form of M2M100 (arXiv 2207.04672, 2010.11125).
 
-B rows, S encoder positions, T decoder positions, E width, N heads, H head width, F feed-forward
-width, V vocabulary, L layers.
+B rows, S encoder positions, T decoder positions, K hypotheses of a row's translation, E width,
+N heads, H head width, F feed-forward width, V vocabulary, L layers.
 
 Layer norms stand before each block and after each stack; feed-forwards are ReLU; positions are
 sinusoidal; encoder, decoder and output share one embedding.
@@ -68,10 +68,14 @@ class NLLBConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of every decoder layer: of the tokens so far, and of the encoder's states."""
+    """Keys and values of every decoder layer: of the tokens so far, and of the encoder's states.
 
-    k_LBTNH: Array
-    v_LBTNH: Array
+    Those of a token stay in the slot, one of K, that its hypothesis had when it was read: where the
+    tokens before it lie is for `NLLB.step`'s `history_BKT` to say.
+    """
+
+    k_LBNTKH: Array
+    v_LBNTKH: Array
     memory_k_LBSNH: Array
     memory_v_LBSNH: Array
     memory_segments_BS: Array
@@ -137,33 +141,52 @@ class DecoderLayers(EncoderLayers):
         )
         return self.feed_forward(h_BTE, ffn_key)
 
-    def step(self, h_B1E: Array, index: Array, cache: Cache) -> tuple[Array, tuple[Array, Array]]:
-        """One layer (a cache without L) at the token `index`; also the token's key and value."""
-        block = self.self_attention
-        x_B1E = self.self_attention_norm(h_B1E)
-        k_B1NH, v_B1NH = block.heads(block.key, x_B1E), block.heads(block.value, x_B1E)
-        segments_B1 = jnp.ones(h_B1E.shape[:2], jnp.int32)
-        length = cache.k_LBTNH.shape[1]
-        past_BT = jnp.broadcast_to(jnp.arange(length) <= index, (h_B1E.shape[0], length))
-        read_B1NH = attention(
-            block.heads(block.query, x_B1E),
-            jax.lax.dynamic_update_slice_in_dim(cache.k_LBTNH, k_B1NH, index, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(cache.v_LBTNH, v_B1NH, index, axis=1),
-            query_segments_BT=segments_B1,
-            key_segments_BS=past_BT.astype(jnp.int32),
+    def step(
+        self, h_BKE: Array, past_BKTK: Array, cache: Cache
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """One layer (a cache without L) at one token of each hypothesis; also its key and value.
+
+        past_BKTK: the tokens in the cache that each hypothesis is to read, bool.
+        """
+        block, x_BKE = self.self_attention, self.self_attention_norm(h_BKE)
+        # As the cache has them, so that what is many times their size need not be turned.
+        q_BNKH, k_BNKH, v_BNKH = (
+            block.heads(linear, x_BKE).swapaxes(1, 2)
+            for linear in (block.query, block.key, block.value)
         )
-        h_B1E = h_B1E + block.out(read_B1NH.reshape(h_B1E.shape))
+        read_BNKH = _read_past(q_BNKH, k_BNKH, v_BNKH, past_BKTK, cache)
+        h_BKE = h_BKE + block.out(read_BNKH.swapaxes(1, 2).reshape(h_BKE.shape))
 
         block = self.cross_attention
-        read_B1NH = attention(
-            block.heads(block.query, self.cross_attention_norm(h_B1E)),
+        # All hypotheses read the same text: to the encoder's states they are K positions.
+        read_BKNH = attention(
+            block.heads(block.query, self.cross_attention_norm(h_BKE)),
             cache.memory_k_LBSNH,
             cache.memory_v_LBSNH,
-            query_segments_BT=segments_B1,
+            query_segments_BT=jnp.ones(h_BKE.shape[:2], jnp.int32),
             key_segments_BS=cache.memory_segments_BS,
         )
-        h_B1E = h_B1E + block.out(read_B1NH.reshape(h_B1E.shape))
-        return self.feed_forward(h_B1E), (k_B1NH, v_B1NH)
+        h_BKE = h_BKE + block.out(read_BKNH.reshape(h_BKE.shape))
+        return self.feed_forward(h_BKE), (k_BNKH, v_BNKH)
+
+
+def _read_past(
+    q_BNKH: Array, k_BNKH: Array, v_BNKH: Array, past_BKTK: Array, cache: Cache
+) -> Array:
+    """What each hypothesis reads from its own past and from the token it is at. [B, N, K, H]."""
+    B, N, K, H = q_BNKH.shape
+    q_BNKH = q_BNKH * jnp.asarray(H**-0.5, q_BNKH.dtype)
+    keys_BNPH, values_BNPH = (x.reshape(B, N, -1, H) for x in cache[:2])  # P: T × K
+    is_read_B1KP = past_BKTK.reshape(B, 1, K, -1)
+    past_BNKP = jnp.einsum("bnkh,bnph->bnkp", q_BNKH, keys_BNPH, preferred_element_type=jnp.float32)
+    past_BNKP = jnp.where(is_read_B1KP, past_BNKP, -jnp.inf)
+    own_BNK1 = jnp.sum(q_BNKH * k_BNKH, axis=-1, dtype=jnp.float32, keepdims=True)
+    weights_BNKP = jax.nn.softmax(jnp.concatenate([past_BNKP, own_BNK1], axis=-1))
+    weights_BNKP = weights_BNKP.astype(v_BNKH.dtype)
+    return (
+        jnp.einsum("bnkp,bnph->bnkh", weights_BNKP[..., :-1], values_BNPH)
+        + weights_BNKP[..., -1:] * v_BNKH
+    )
 
 
 class NLLB(nnx.Module):
@@ -239,8 +262,14 @@ class NLLB(nnx.Module):
         embedding_VE = self.embedding_VE[...].astype(h_BTE.dtype)
         return jnp.einsum("...e,ve->...v", h_BTE, embedding_VE, preferred_element_type=jnp.float32)
 
-    def start_cache(self, memory_BSE: Array, memory_segments_BS: Array, num_tokens: int) -> Cache:
-        """A cache with room for `num_tokens` decoder inputs of one text a row."""
+    def start_cache(
+        self,
+        memory_BSE: Array,
+        memory_segments_BS: Array,
+        num_tokens: int,
+        num_hypotheses: int = 1,
+    ) -> Cache:
+        """A cache with room for `num_tokens` decoder inputs of each hypothesis; one text a row."""
         decoder, _ = self._decoder()
         graph, state = nnx.split(decoder.cross_attention)
 
@@ -250,36 +279,48 @@ class NLLB(nnx.Module):
 
         memory_k_LBSNH, memory_v_LBSNH = jax.lax.map(keys_and_values, state)
         L, B, _, N, H = memory_k_LBSNH.shape
-        empty_LBTNH = jnp.zeros((L, B, num_tokens, N, H), memory_BSE.dtype)
-        return Cache(empty_LBTNH, empty_LBTNH, memory_k_LBSNH, memory_v_LBSNH, memory_segments_BS)
+        empty_LBNTKH = jnp.zeros((L, B, N, num_tokens, num_hypotheses, H), memory_BSE.dtype)
+        return Cache(empty_LBNTKH, empty_LBNTKH, memory_k_LBSNH, memory_v_LBSNH, memory_segments_BS)
 
-    def step(self, ids_B: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
-        """The normalised states [B, E] at decoder input number `index` (from 0), and the cache."""
+    def step(
+        self, ids_BK: Array, index: Array, cache: Cache, history_BKT: Array | None = None
+    ) -> tuple[Array, Cache]:
+        """The normalised states [B, K, E] at decoder input number `index` (from 0), and the cache.
+
+        history_BKT: the slot in the cache of each hypothesis' token at each input before `index`,
+        int32; None: its own slot, as where nothing is ever dropped or doubled.
+        """
         decoder, norm = self._decoder()
         graph, state = nnx.split(decoder)
-        position_B1 = jnp.full((ids_B.shape[0], 1), index, jnp.int32)
-        h_B1E = self.embed(ids_B[:, None], position_B1, cache.k_LBTNH.dtype)
+        B, K = ids_BK.shape
+        T = cache.k_LBNTKH.shape[3]
+        slots_K = jnp.arange(K, dtype=jnp.int32)
+        if history_BKT is None:
+            history_BKT = jnp.broadcast_to(slots_K[None, :, None], (B, K, T))
+        is_past_T = (jnp.arange(T) < index)[None, None, :, None]
+        past_BKTK = is_past_T & (history_BKT[..., None] == slots_K[None, None, None])
+        h_BKE = self.embed(ids_BK, jnp.full((B, K), index, jnp.int32), cache.k_LBNTKH.dtype)
 
-        def one_layer(h_B1E: Array, layer: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
-            layer_state, k_BTNH, v_BTNH, memory_k_BSNH, memory_v_BSNH = layer
+        def one_layer(h_BKE: Array, layer: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
+            layer_state, k_BNTKH, v_BNTKH, memory_k_BSNH, memory_v_BSNH = layer
             layer_cache = Cache(
-                k_BTNH, v_BTNH, memory_k_BSNH, memory_v_BSNH, cache.memory_segments_BS
+                k_BNTKH, v_BNTKH, memory_k_BSNH, memory_v_BSNH, cache.memory_segments_BS
             )
-            return nnx.merge(graph, layer_state).step(h_B1E, index, layer_cache)
+            return nnx.merge(graph, layer_state).step(h_BKE, past_BKTK, layer_cache)
 
         # Layers read the cache and give back one token's keys and values, written once for all:
         # handing whole caches through the scan would copy them at every token.
-        h_B1E, (k_LB1NH, v_LB1NH) = jax.lax.scan(
+        h_BKE, of_token = jax.lax.scan(
             one_layer,
-            h_B1E,
+            h_BKE,
             (state, *cache[:4]),
             unroll=self.config.decoder_layers if self.config.unroll_layers else 1,
         )
-        cache = cache._replace(
-            k_LBTNH=jax.lax.dynamic_update_slice_in_dim(cache.k_LBTNH, k_LB1NH, index, axis=2),
-            v_LBTNH=jax.lax.dynamic_update_slice_in_dim(cache.v_LBTNH, v_LB1NH, index, axis=2),
+        k_LBNTKH, v_LBNTKH = (
+            jax.lax.dynamic_update_slice_in_dim(whole, new[:, :, :, None], index, axis=3)
+            for whole, new in zip(cache[:2], of_token, strict=True)
         )
-        return norm(h_B1E)[:, 0], cache
+        return norm(h_BKE), cache._replace(k_LBNTKH=k_LBNTKH, v_LBNTKH=v_LBNTKH)
 
     def embed(self, ids_BT: Array, positions_BT: Array, dtype: DTypeLike) -> Array:
         """[B, T, E]: scaled embeddings plus positions, counted from 0 in each text."""

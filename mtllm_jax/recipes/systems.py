@@ -200,6 +200,7 @@ def translator(
             config.english,
             max_length=limits.max_length,
             max_new_tokens=limits.max_new_tokens,
+            num_beams=limits.num_beams,
             mesh=mesh,
             batch_size=limits.batch_rows,
         )

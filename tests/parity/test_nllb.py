@@ -25,7 +25,8 @@ from torch_models import (
     transformers,
 )
 
-from mtllm_jax.decode import greedy_translate, translate
+from mtllm_jax import decode
+from mtllm_jax.decode import beam_translate, greedy_translate, translate
 from mtllm_jax.hf.nllb import check_nllb, load_nllb, save_nllb
 from mtllm_jax.models.layers import LayerNorm
 from mtllm_jax.models.nllb import NLLB, NLLBConfig, sinusoids
@@ -330,6 +331,55 @@ def test_greedy_translation_is_that_of_generate(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), compiler_options=QUICK)
+def beams(graph, state, ids, segments, language_id, max_new_tokens, options):
+    model = nnx.merge(graph, state)
+    return beam_translate(model, ids, segments, language_id, max_new_tokens, **dict(options))
+
+
+@pytest.mark.parametrize(
+    ("num_beams", "length_penalty", "early_stopping"),
+    [(5, 1.0, False), (5, 1.0, True), (1, 1.0, False), (2, 0.0, False), (8, 2.0, False),
+     (4, -1.0, True)],
+)  # fmt: skip
+def test_beam_search_is_that_of_generate(num_beams, length_penalty, early_stopping, tmp_path):
+    """Token for token on 200 texts of several lengths, padded on both sides."""
+    reference = m2m100(gain=0.6)
+    reference.save_pretrained(tmp_path)
+    model = load_nllb(tmp_path)
+    lengths = np.random.default_rng(5).integers(1, 12, 200)
+    masks = (np.arange(12)[None] < lengths[:, None]).astype(np.int32)
+    masks[::3] = masks[::3, ::-1]
+    ids, language, new_tokens = random_rows(masks, 6), 7, 14
+    theirs = reference.generate(
+        input_ids=as_torch(ids),
+        attention_mask=as_torch(masks),
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        do_sample=False,
+        forced_bos_token_id=language,
+        max_new_tokens=new_tokens + 1,  # they count the language's token
+    ).numpy()[:, 2:]
+    theirs = np.pad(theirs, ((0, 0), (0, new_tokens - theirs.shape[1])), constant_values=PAD)
+    assert len(set(map(tuple, theirs))) > 100
+    options = {"num_beams": num_beams, "early_stopping": early_stopping}
+    options = tuple((options | {"length_penalty": length_penalty}).items())
+    ours = beams(*nnx.split(model), ids, masks, language, new_tokens, options)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_largest_by_chunks_are_the_largest():
+    """Of vocabularies that chunks divide or not, with ties among the rest."""
+    rng = np.random.default_rng(0)
+    for size in (40, 2560, 32_001):
+        x = rng.permutation(2 * 3 * size).reshape(2, 3, size).astype(np.float32)
+        x[..., : size // 2] = np.minimum(x[..., : size // 2], 5.0)
+        values, places = decode._top_k(jnp.asarray(x), 10)
+        np.testing.assert_array_equal(values, -np.sort(-x, axis=-1)[..., :10])
+        np.testing.assert_array_equal(np.take_along_axis(x, np.asarray(places), -1), values)
+
+
 class Digits:
     """A tokenizer for texts like "12 7 40"."""
 
@@ -346,18 +396,21 @@ class Digits:
         return {"aaa_Latn": 8, "bbb_Latn": 9}[code]
 
 
-@pytest.mark.parametrize("batch_size", [4, 64])
-def test_translate_keeps_the_order_whatever_the_batches(model, batch_size):
+@pytest.mark.parametrize(("batch_size", "num_beams"), [(4, 1), (64, 1), (4, 3)])
+def test_translate_keeps_the_order_whatever_the_batches(model, batch_size, num_beams):
     rng, tokenizer = np.random.default_rng(7), Digits()
     texts = [" ".join(map(str, rng.integers(10, VOCAB, n))) for n in rng.integers(1, 20, 10)]
     codes, limits = ("aaa_Latn", "bbb_Latn"), {"max_length": 16, "max_new_tokens": 6}
+    limits["num_beams"] = num_beams
     together = translate(model, tokenizer, texts, *codes, **limits, batch_size=batch_size)
     assert max(len(text.split()) for text in texts) > 14  # the limit, less language and </s>
     for text, translation in zip(texts, together, strict=True):
         ids, segments = np.full((1, 24), PAD, np.int32), np.zeros((1, 24), np.int32)
         row = [8, *map(int, text.split()[:14]), EOS]
         ids[0, : len(row)], segments[0, : len(row)] = row, 1
-        (alone,) = np.asarray(greedy(*nnx.split(model), ids, segments, 9, 6))
+        row = (*nnx.split(model), ids, segments, 9, 6)
+        options = (("num_beams", num_beams),)
+        (alone,) = np.asarray(greedy(*row) if num_beams == 1 else beams(*row, options))
         assert translation == tokenizer.decode([alone[alone != PAD]])[0]
     assert translate(model, tokenizer, [], *codes, **limits) == []
 
