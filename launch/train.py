@@ -16,6 +16,10 @@ from mtllm_jax.runfolder import RunFolder, finished_results
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run (runs/RECIPE-NAME)")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "load, check and step once; leave nothing behind")
+_COMPILED = flags.DEFINE_string("compile_cache", None, "of compiled programs (WORKDIR/compiled)")
+_TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "write event files in each stage's folder")
+_WANDB = flags.DEFINE_string("wandb", "", "project of Weights & Biases that metrics go to")
+_PROFILE = flags.DEFINE_string("profile", None, "steps to be profiled, as adaptation:100-110")
 
 RECIPES = {"mtllm": (MTLLM, "mtllm_jax.recipes.mtllm")}
 
@@ -40,11 +44,17 @@ def main(config: MTLLM) -> None:
     # Late, so that a mistake at the door is answered before anything heavy is imported.
     from mtllm_jax.metrics import Console
     from mtllm_jax.results import results_table
+    from mtllm_jax.watch import Watch, keep_compiled, parse_profile
 
     console = Console()
     if results is not None:
         console.print(results_table(results, epath.Path(path), console.width))
         return
+    profile = parse_profile(_PROFILE.value) if _PROFILE.value else None
+    watch = Watch(tensorboard=_TENSORBOARD.value, wandb=_WANDB.value, profile=profile)
+    watch.check()
+    if not _DRY_RUN.value:
+        keep_compiled(_COMPILED.value, path)
     recipe = importlib.import_module(RECIPES[config.recipe][1])
     if idle := recipe.idle_fields(config, cli.overridden()):
         console.warn(idle)
@@ -52,7 +62,7 @@ def main(config: MTLLM) -> None:
     if _DRY_RUN.value:
         recipe.dry_run(inputs, console)
     else:
-        recipe.run(config, inputs, RunFolder(path, values), console)
+        recipe.run(config, inputs, RunFolder(path, values), console, watch)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,34 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 
 from mtllm_jax import distributed, sharding
 from mtllm_jax.checkpoint import Checkpointer, has_params, load_params, save_params, tree_hash
+from mtllm_jax.chips import chip_of
 from mtllm_jax.config import Training
 from mtllm_jax.data.packing import Rows
 from mtllm_jax.data.pipeline import Batch, batches
+from mtllm_jax.flops import Flops
+from mtllm_jax.goodput import Goodput, percentiles
 from mtllm_jax.interrupt import Interrupted, graceful_stop
 from mtllm_jax.metrics import Console, MetricsWriter
 from mtllm_jax.objectives import Terms
 from mtllm_jax.runfolder import StageFolder
+from mtllm_jax.watch import UNWATCHED, Sink, Watch
+
+STREAMS = ("source", "target")  # of a batch: what the encoder reads, what the LLM reads
 
 # (trainable, frozen, batch, key) → {"loss": (sum, count), …}
 Objective = Callable[[nnx.State, Any, dict[str, Array], Array], Terms]
@@ -39,6 +47,19 @@ class TrainState(flax.struct.PyTreeNode):
 def make_optimizer(config: Training) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm, with a linear warm-up and then a linear or cosine
     decay to `final_rate` of the peak. Vectors (norms, biases) are not decayed."""
+    adamw = optax.adamw(
+        learning_rate(config),
+        b2=config.adam_b2,
+        weight_decay=config.weight_decay,
+        mask=_is_matrix,
+    )
+    if config.clip_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def learning_rate(config: Training) -> optax.Schedule:
+    """Of each update, from 0."""
     warmup = round(config.warmup * config.steps)
     decay_steps = max(1, config.steps - warmup)
     if config.schedule == "linear":
@@ -48,13 +69,7 @@ def make_optimizer(config: Training) -> optax.GradientTransformation:
         decay = optax.cosine_decay_schedule(config.learning_rate, decay_steps, config.final_rate)
     # Step 0 learns too: the ramp ends one step late rather than begin with a wasted update.
     ramp = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
-    schedule = optax.join_schedules([ramp, decay], [warmup]) if warmup else decay
-    adamw = optax.adamw(
-        schedule, b2=config.adam_b2, weight_decay=config.weight_decay, mask=_is_matrix
-    )
-    if config.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return optax.join_schedules([ramp, decay], [warmup]) if warmup else decay
 
 
 def _is_matrix(params: Any) -> Any:
@@ -118,8 +133,17 @@ def train_step(
         (state.trainable, state.opt_state),
     )
     one = jnp.ones(())
-    terms = {**terms, "grad_norm": (norm, one), "skipped": (1.0 - sound, one)}
+    terms = {**terms, "grad_norm": (norm, one), "skipped": (1.0 - sound, one)} | _fill(batch)
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), terms
+
+
+def _fill(batch: dict[str, Array]) -> Terms:
+    """{stream}_fill: (tokens, positions) of each stream of a batch."""
+    return {
+        f"{stream}_fill": (jnp.sum(segments > 0).astype(jnp.float32), jnp.float32(segments.size))
+        for stream in STREAMS
+        if (segments := batch.get(f"{stream}_segments")) is not None
+    }
 
 
 def fit(
@@ -134,15 +158,20 @@ def fit(
     mesh: jax.sharding.Mesh,
     seed: int,
     console: Console,
+    watch: Watch = UNWATCHED,
     add: Callable[[Batch], Batch] | None = None,
+    flops: Callable[[float], Flops] | None = None,
 ) -> nnx.State:
     """Train one stage to its last step, going on where an earlier start stopped.
 
     rows: makes the random-access source of packed rows (`data.packing`); add: what a batch gets
-    beside. Where the stage was trained before, its weights are read back. Raises Interrupted
-    after saving when the process, or any of several, is asked to stop, FloatingPointError after
-    ten skipped steps in a row.
+    beside. flops: of a step, given the mean number of texts in a row; where it is there, and the
+    device is one whose speed is known, model and hardware FLOPs utilisation are logged. Where the
+    stage was trained before, its weights are read back. Raises Interrupted after saving when the
+    process, or any of several, is asked to stop, FloatingPointError after ten skipped steps in a
+    row.
     """
+    goodput = Goodput(stage.path / "goodput.json")
     # A copy: the step gives its buffers away, and the caller may hold them as someone's weights.
     trainable = sharding.place(jax.tree.map(jnp.copy, trainable), mesh)
     params_folder = stage.path / "params"
@@ -157,7 +186,9 @@ def fit(
         rng=jax.random.key(seed),
     )
     state = sharding.place(state, mesh)
+    goodput.to("packing")
     source = rows()
+    goodput.to("setup")
     stage.notes |= {"rows": len(source), "bytes": _sizes(state, frozen)}
     if isinstance(source, Rows):
         stage.notes["packing"] = source.notes()
@@ -180,29 +211,53 @@ def fit(
     )
     frozen_hash = tree_hash(frozen)
     with Checkpointer(stage.checkpoints, warn=console.warn) as checkpointer:
+        goodput.to("restore")
         restored = checkpointer.restore(state, iterator, frozen_hash=frozen_hash)
+        goodput.to("setup")
         step = 0
         if restored is not None:
             state, step = restored
             console.print(f"going on from step {step} of {config.steps}")
-        log = _Log(stage, title, config.steps, step, console)
+        used = None if flops is None else flops(source.counts.texts / source.counts.rows)
+        log = _Log(stage, title, config, step, console, watch.sinks(stage.path), used)
+        profiler = watch.profiler(stage.path)
         ballot = distributed.Ballot()
-        with graceful_stop() as stop, log, contextlib.closing(iterator):
+        kind = "compile"  # is what the first call of a jitted function waits for
+        with (
+            graceful_stop() as stop,
+            log,
+            contextlib.closing(iterator),
+            contextlib.closing(profiler),
+        ):
             while step < config.steps:
+                goodput.to("input")
                 batch = sharding.place_batch(next(iterator), mesh, config.batch_rows)
+                if log.is_device_busy():
+                    goodput.count_as("steps")
+                goodput.to(kind)
+                profiler.before(step + 1)
+                began = time.monotonic()
                 state, terms = step_fn(state, frozen, batch)
+                goodput.to(kind := "steps")
                 step += 1
-                log.add(step, terms)
+                profiler.after(step, terms)
+                log.add(step, terms, began, batch.get("example"))
                 last = step == config.steps
                 asked = ballot(stop.signum if stop.requested else 0)
                 if asked or last or step % config.checkpoint_every == 0:
                     log.flush()
+                    goodput.to("save")
                     checkpointer.save(step, state, iterator, frozen_hash=frozen_hash)
+                    goodput.write()
                 if asked and not last:
                     distributed.after_first(checkpointer.wait)
+                    goodput.write()
                     stop.signum = asked
                     raise Interrupted(f"{title}, step {step} of {config.steps}; saved.")
+    goodput.to("save")
     save_params(params_folder, state.trainable)
+    goodput.write()
+    stage.notes |= {"goodput": round(goodput.share, 4), "step_seconds": log.percentiles()}
     return state.trainable
 
 
@@ -220,14 +275,29 @@ class _Log:
 
     _MOST_SKIPPED = 10  # in a row
 
-    def __init__(self, stage: StageFolder, title: str, steps: int, step: int, console: Console):
+    def __init__(
+        self,
+        stage: StageFolder,
+        title: str,
+        config: Training,
+        step: int,
+        console: Console,
+        sinks: Sequence[Sink],
+        flops: Flops | None,
+    ):
         self._writer: MetricsWriter | None = None
         if distributed.is_first():
             self._writer = MetricsWriter(Path(stage.metrics))
             self._writer.truncate_after(step)
-        self._progress = console.progress(steps, title, done=step)
-        self._pending: tuple[int, Terms] | None = None
+        self._sinks = sinks
+        self._rates = np.asarray(learning_rate(config)(jnp.arange(config.steps)))
+        self._utilisation = _utilisation(flops)
+        self._progress = console.progress(config.steps, title, done=step)
+        self._pending: tuple[int, Terms, float] | None = None  # and when its dispatch began
+        self._ended: float | None = None  # when the step before did; None: there was none
+        self._seconds: list[float] = []
         self._skipped_in_a_row = 0
+        self._examples: Array | None = None  # of the pending step
 
     def __enter__(self) -> "_Log":
         return self
@@ -236,28 +306,92 @@ class _Log:
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
+        for sink in self._sinks:
+            sink.close()
 
-    def add(self, step: int, terms: Terms) -> None:
-        """Take in the metrics of a step just dispatched; write down those of the one before."""
+    def is_device_busy(self) -> bool:
+        """Whether the step dispatched last is still being computed."""
+        if self._pending is None:
+            return False
+        loss: Any = self._pending[1]["loss"][0]
+        return not loss.is_ready()
+
+    def percentiles(self) -> dict[str, float]:
+        """Of the seconds that a step took."""
+        return percentiles(self._seconds)
+
+    def add(self, step: int, terms: Terms, began: float, examples_BN: Array | None) -> None:
+        """Take in the metrics of a step just dispatched; write down those of the one before.
+
+        began: when its dispatch did, which on CPUs may take as long as the step. examples_BN: the
+        texts in its batch, as `data.packing` numbers them.
+        """
         self.flush()
-        self._pending = (step, terms)
+        self._pending = (step, terms, began)
+        self._examples = examples_BN
 
     def flush(self) -> None:
         """Write down the metrics that are still on the device."""
         if self._pending is None:
             return
-        (step, terms), self._pending = self._pending, None
+        (step, terms, began), self._pending = self._pending, None
+        sums = jax.device_get(terms)
         values = {
             name: float(total) / float(count) if count else float("nan")
-            for name, (total, count) in jax.device_get(terms).items()
+            for name, (total, count) in sums.items()
         }
+        values["lr"] = float(self._rates[step - 1])
+        values |= self._speed(sums, began)
         if self._writer is not None:
             self._writer.write(step, values)
+        for sink in self._sinks:
+            sink.write(step, values)
         shown = {name: values[name] for name in ("loss", "fvu", "accuracy") if name in values}
         self._progress.update(step, **shown)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["skipped"] else 0
         if self._skipped_in_a_row == self._MOST_SKIPPED:
             raise FloatingPointError(
                 f"{self._skipped_in_a_row} steps in a row were skipped, as their gradients are not "
-                f"finite or their batches empty, the last of them step {step}."
+                f"finite or their batches empty, the last of them step {step}"
+                f"{_texts_of(self._examples)}."
             )
+
+    def _speed(self, sums: Terms, began: float) -> dict[str, float]:
+        """Seconds and rates of the step that has just ended; of a start's first, which compiles,
+        none."""
+        before, self._ended = self._ended, time.monotonic()
+        if before is None:
+            return {}
+        seconds = self._ended - max(began, before)
+        self._seconds.append(seconds)
+        tokens = {
+            stream: float(sums[f"{stream}_fill"][0])
+            for stream in STREAMS
+            if f"{stream}_fill" in sums
+        }
+        return (
+            {"seconds": seconds}
+            | {f"{stream}_tokens_per_second": n / seconds for stream, n in tokens.items()}
+            | {name: least / seconds for name, least in self._utilisation.items()}
+        )
+
+
+def _texts_of(examples_BN: Array | None) -> str:
+    """Which texts a batch holds, for a sentence; of several processes, what this one holds."""
+    if examples_BN is None:
+        return ""
+    parts = [np.asarray(shard.data).reshape(-1) for shard in examples_BN.addressable_shards]
+    places = np.unique(np.concatenate(parts))
+    places = places[places > 0] - 1
+    listed = ", ".join(map(str, places[:20])) + (", …" if len(places) > 20 else "")
+    return f", with the texts {listed} (counted from 0, as they were packed)"
+
+
+def _utilisation(flops: Flops | None) -> dict[str, float]:
+    """Seconds that a step would take if the devices did nothing but its FLOPs: those that the
+    mathematics asks for (mfu), those that are run (hfu). Nothing where their speed is unknown."""
+    chip = chip_of(jax.devices()[0].device_kind)
+    if flops is None or chip is None:
+        return {}
+    speed = jax.device_count() * chip.tflops * 1e12
+    return {"mfu": flops.model_total / speed, "hfu": flops.hardware_total / speed}

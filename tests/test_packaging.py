@@ -54,10 +54,14 @@ def tracked_files() -> list[Path]:
 def test_every_import_is_declared():
     base = requirements(setup_cfg()["options"]["install_requires"])
     # Exported stacks are shipped with the files in torch_code, which run in PyTorch; quantised.py
-    # imports what only frozen weights in int8 ask for.
+    # imports what only frozen weights in int8 ask for, watch.py what flags do.
     extras = {
         name: requirements(setup_cfg()["options.extras_require"][extra])
-        for name, extra in (("torch_code", "torch"), ("quantised.py", "int8"))
+        for name, extra in (
+            ("torch_code", "torch"),
+            ("quantised.py", "int8"),
+            ("watch.py", "watch"),
+        )
     }
     providers = importlib.metadata.packages_distributions()
     files = [

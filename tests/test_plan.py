@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 
 from configs.mtllm import llama3_8b, llama3_8b_24gb, mini
+from mtllm_jax import chips, sharding
 from mtllm_jax import config as c
-from mtllm_jax import sharding
-from mtllm_jax.plan import abstract, chips, compiled, search, sizes
+from mtllm_jax.plan import abstract, compiled, search, sizes
 from mtllm_jax.plan.estimate import estimate
 from mtllm_jax.plan.plan import make_plan, numbers
 

@@ -49,7 +49,8 @@ def stop_at(process, metrics, step, signum):
 
 def without_time(metrics):
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+    timed = ("time", "seconds", "source_tokens_per_second", "target_tokens_per_second")
+    return [{name: x for name, x in line.items() if name not in timed} for line in lines]
 
 
 # ---------------------------------------------------------------- one stage

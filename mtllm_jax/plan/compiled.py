@@ -13,8 +13,8 @@ import jax
 from jax.experimental import topologies
 
 from mtllm_jax import sharding
+from mtllm_jax.chips import Machine
 from mtllm_jax.plan import abstract, hlo
-from mtllm_jax.plan.chips import Machine
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from mtllm_jax import flops
+from mtllm_jax.chips import Machine
 from mtllm_jax.models.nllb import NLLBConfig
 from mtllm_jax.ops.attention import MOST_SCORES, choose_backend
 from mtllm_jax.plan import abstract
-from mtllm_jax.plan.chips import Machine
 
 # Fitted to what libtpu's compiler holds (benchmarks/ has the comparison), in bytes or elements a
 # position. While a layer is gone through backward, arrays of D and of F that live at once:

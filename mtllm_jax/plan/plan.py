@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mtllm_jax.chips import Machine
 from mtllm_jax.plan import abstract, compiled, search
-from mtllm_jax.plan.chips import Machine
 from mtllm_jax.plan.compiled import Compiled, TooLarge
 from mtllm_jax.plan.estimate import Estimate, Memory, Seconds, estimate, seconds_of
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from mtllm_jax import sharding
+from mtllm_jax import chips, sharding
 from mtllm_jax.config import MTLLM
 from mtllm_jax.metrics import Console, duration, number
-from mtllm_jax.plan import abstract, chips, compiled, search, sizes
+from mtllm_jax.plan import abstract, compiled, search, sizes
 from mtllm_jax.plan.compiled import Compiled, TooLarge
 from mtllm_jax.plan.plan import Plan, make_plan, numbers
 

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mtllm_jax.chips import Machine
 from mtllm_jax.config import MTLLM, Mesh
 from mtllm_jax.plan import abstract
-from mtllm_jax.plan.chips import Machine
 from mtllm_jax.plan.estimate import Estimate, Memory, estimate
 
 

@@ -13,6 +13,7 @@ import jax
 from mtllm_jax import distributed
 from mtllm_jax.metrics import Console, duration
 from mtllm_jax.runfolder import RunFolder, StageFolder, read_json, write_json
+from mtllm_jax.watch import UNWATCHED, Watch
 
 Config = TypeVar("Config")
 
@@ -28,6 +29,7 @@ class Job(Generic[Config]):
     console: Console
     mesh: jax.sharding.Mesh
     seed: int
+    watch: Watch = UNWATCHED
     stages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property

@@ -99,6 +99,7 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
             mesh=job.mesh,
             seed=seed,
             console=job.console,
+            watch=job.watch,
         )
         model = nnx.merge(graph, fixed, trained)
         save_nllb(model, folder, tokenizer_files_from=tokenizer_folder)
@@ -251,6 +252,7 @@ def mini_llama(job: Job[MTLLM], text: TextDataset) -> Path:
             mesh=job.mesh,
             seed=seed,
             console=job.console,
+            watch=job.watch,
         )
         save_llama(nnx.merge(graph, trained), folder, tokenizer_files_from=tokenizer_folder)
     return folder

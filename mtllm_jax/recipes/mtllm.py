@@ -22,6 +22,7 @@ from mtllm_jax.results import results_table
 from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.schema import to_dict
 from mtllm_jax.tasks.classification import Classification
+from mtllm_jax.watch import Watch
 
 __all__ = ["dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
 
@@ -35,12 +36,12 @@ TRAINED_STAGES = {
 }
 
 
-def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console) -> None:
+def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watch: Watch) -> None:
     """Every stage, the evaluation, results.json and report.html; finished stages are skipped.
 
     config: as given; `inputs` has it with folders for what it names on the hub.
     """
-    job = Job(inputs.config, folder, console, inputs.mesh, config.seed)
+    job = Job(inputs.config, folder, console, inputs.mesh, config.seed, watch)
     if inputs.revisions:
         folder.write_json(REVISIONS, inputs.revisions)
     made = train(job, inputs)

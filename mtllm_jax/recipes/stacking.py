@@ -29,6 +29,8 @@ from mtllm_jax.data.tokenise import (
     encode_cut,
     source_tokenizer,
 )
+from mtllm_jax.flops import Batch as FlopsBatch
+from mtllm_jax.flops import Flops, adaptation_flops
 from mtllm_jax.hf.encoder import Encoder, load_encoder
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.peft import attach_peft, load_merged
@@ -197,6 +199,7 @@ def general_adaptation(
 ) -> nnx.State:
     """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained."""
     config, seed = job.config, job.stage_seed("adaptation")
+    training = config.adaptation.training
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
 
         def rows() -> Rows:
@@ -204,13 +207,19 @@ def general_adaptation(
             job.console.print(packed.told())
             return packed
 
+        def flops(texts: float) -> Flops:
+            lengths = training.source_length, training.target_length
+            step = FlopsBatch(training.batch_rows, *lengths, texts)
+            sizes = parts.encoder.config, parts.llm.config
+            return adaptation_flops(trainable, frozen, *sizes, step)
+
         stack = build_stack(config, parts, seed, config.lora.start)
         graph, trainable, frozen = split(stack, is_trained(config))
         teacher_graph, teacher = nnx.split(parts.llm)
         return fit(
             stage,
             "stage 1",
-            config.adaptation.training,
+            training,
             objective=adaptation_objective(config, graph, teacher_graph),
             trainable=trainable,
             frozen=adaptation_frozen(config, frozen, teacher),
@@ -218,6 +227,8 @@ def general_adaptation(
             mesh=job.mesh,
             seed=seed,
             console=job.console,
+            watch=job.watch,
+            flops=flops,
         )
 
 
@@ -276,6 +287,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClas
             mesh=job.mesh,
             seed=seed,
             console=job.console,
+            watch=job.watch,
             add=add_by_example({"label": task.label_ids(task.train)}),
         )
         return nnx.merge(graph, trained, frozen)
@@ -373,6 +385,7 @@ def task_distillation(
             mesh=job.mesh,
             seed=seed,
             console=job.console,
+            watch=job.watch,
             add=add_by_example({"teacher": _teacher_vectors(job, stage, parts, task, teacher)}),
         )
         return StackClassifier(nnx.merge(graph, trained, frozen), teacher.head)
@@ -534,6 +547,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Classification) -> 
             mesh=job.mesh,
             seed=seed,
             console=job.console,
+            watch=job.watch,
             add=add_by_example({"label": task.label_ids(task.train)}),
         )
         return nnx.merge(graph, trained, frozen)

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from configs.mtllm import llama3_8b
+from mtllm_jax import chips, sharding
 from mtllm_jax import config as c
-from mtllm_jax import sharding
 from mtllm_jax.models.llama import LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
-from mtllm_jax.plan import abstract, chips, hlo
+from mtllm_jax.plan import abstract, hlo
 from mtllm_jax.plan.estimate import estimate
 
 ENCODER = NLLBConfig(

@@ -40,6 +40,19 @@ CHIPS = {
 # One GPU of so many GB.
 GPUS = {24: "rtx4090", 48: "l40s", 80: "h100", 141: "h200"}
 
+# As jax's device_kind begins for each of them.
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU v5": "v5p",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+
 # Along a dim of so many chips a TPU's links close to a ring.
 _RING = {"v5e": 16, "v6e": 16, "v5p": 4}
 
@@ -53,6 +66,13 @@ class Machine:
     chip: Chip
     num_chips: int
     network: float
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip behind a device's `device_kind`; None for one that is not in the table."""
+    return next(
+        (CHIPS[name] for kind, name in _KINDS.items() if device_kind.startswith(kind)), None
+    )
 
 
 def one_gpu(gigabytes: int) -> Machine:
