@@ -133,11 +133,15 @@ def _attach(config: MTLLM, module: nnx.Module, targets: Sequence[str], seed: int
 
 def build_stack(config: MTLLM, parts: Parts, seed: int, start: str = "") -> Stack:
     """encoder → a fresh bridge → the LLM with what it may learn. start: as in `with_adapters`."""
-    embedding_VD = parts.llm.embedding[...].astype(jnp.float32)
-    scale = float(jnp.sqrt(jnp.mean(jnp.square(embedding_VD))))
+    scale = float(_root_mean_square(parts.llm.embedding[...]))
     bridge = Bridge(parts.encoder.config.width, parts.llm.config.width, scale, nnx.Rngs(seed))
     llm = with_adapters(config, parts.llm, seed + 1, start)
     return Stack(nnx.clone(parts.encoder), bridge, llm)
+
+
+@jax.jit  # so that a large table is never widened whole
+def _root_mean_square(x: Array) -> Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
 
 # ---------------------------------------------------------------- stage 1: general adaptation
