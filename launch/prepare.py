@@ -11,7 +11,7 @@ from absl import flags
 from mtllm_jax import cli
 from mtllm_jax.config import MTLLM
 
-_TO = flags.DEFINE_string("to", None, "folder to be written; new, empty, or begun before")
+_TO = flags.DEFINE_string("to", None, "local folder to be written; new, empty, or begun before")
 _WORKERS = flags.DEFINE_integer(
     "workers", os.cpu_count() or 1, "processes that tokenise and pack; 0: this one"
 )

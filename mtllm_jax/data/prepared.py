@@ -36,6 +36,29 @@ _FIELDS = {
 }
 _TOKENIZERS = {"source_tokenizer": "encoder", "target_tokenizer": "llm"}
 
+# What is read of a manifest, and its kinds.
+_SIDES = {"source": int, "target": int}
+_COUNTS = {"texts": int, "dropped": int, "truncated": _SIDES, "rows": int, "tokens": _SIDES}
+_MADE_FROM = dict.fromkeys((*_FIELDS, *_TOKENIZERS), object) | {
+    "source_length": int,
+    "target_length": int,
+    "pad_ids": _SIDES,
+}
+_SHARD = {
+    "rows": int,
+    "most_texts": int,
+    "bytes": int,
+    "sha256": str,
+    "counts": _COUNTS | {"tokens": dict},  # empty where no text had a token
+}
+_KINDS = {
+    dict: "a group of fields",
+    list: "a list",
+    int: "a whole number",
+    str: "a string",
+    bool: "true or false",
+}
+
 
 class Prepared:
     """A finished folder. `rows` reads it; `counts` says what became of its texts."""
@@ -47,7 +70,7 @@ class Prepared:
         shards = manifest["shards"]
         if not manifest["finished"]:
             made = sum(
-                note_of(self._folder / shard_name(i, len(shards))).is_file()
+                read_note(self._folder / shard_name(i, len(shards))) is not None
                 for i in range(len(shards))
             )
             raise ValueError(
@@ -135,12 +158,23 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
+def holds_rows(folder: str | os.PathLike[str]) -> bool:
+    """Whether there are shards in it, which a folder of text has not, though it has a manifest."""
+    return is_prepared(folder) and any(Path(folder).glob("rows-*-of-*.arrayrecord"))
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest. ValueError where it is none, or of another version of this package."""
+    """The manifest. ValueError where it is none, damaged, or of another version of this package."""
     path = epath.Path(folder / MANIFEST)
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is no manifest of prepared rows of format {FORMAT}.")
+    try:
+        _check_manifest(manifest)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged, {error}; prepare the text again, with another --to."
+        ) from None
     return manifest
 
 
@@ -155,9 +189,16 @@ def note_of(file: Path) -> Path:
 
 
 def read_note(file: Path) -> dict[str, Any] | None:
-    """The note of a shard, if there is one."""
+    """The note of a shard, if there is one. A damaged one is none: its shard is made again."""
     note = note_of(file)
-    return read_json(epath.Path(note)) if note.is_file() else None
+    if not note.is_file():
+        return None
+    try:
+        about = read_json(epath.Path(note))
+        _check_kind("the note", about, _SHARD)
+    except ValueError:
+        return None
+    return about
 
 
 def is_whole(file: Path, shard: Mapping[str, Any]) -> bool:
@@ -171,6 +212,30 @@ def sha256(file: Path) -> str:
     """Of the file's bytes, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    form = {"finished": bool, "made_from": _MADE_FROM, "shards": list}
+    _check_kind("", manifest, form)
+    if not manifest["shards"]:
+        raise ValueError("shards is empty")
+    if manifest["finished"]:
+        _check_kind("", manifest, {"counts": _COUNTS})
+    for i, shard in enumerate(manifest["shards"]):
+        if manifest["finished"] or shard is not None:
+            _check_kind(f"shards[{i}]", shard, _SHARD)
+
+
+def _check_kind(name: str, value: Any, form: Any) -> None:
+    """Raise ValueError unless a JSON value has the form: a type, or a dict of its fields' forms."""
+    kind = dict if isinstance(form, dict) else form
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is not {_KINDS[kind]}")
+    if isinstance(form, dict):
+        for field, inner in form.items():
+            _check_kind(f"{name}.{field}".lstrip("."), value.get(field), inner)
 
 
 def _check_size(file: Path, size: int) -> None:

@@ -4,8 +4,9 @@ from mtllm_jax.config import MTLLM, naming
 from mtllm_jax.data.files import read_texts
 from mtllm_jax.data.packing import Rows, fitting_lengths
 from mtllm_jax.data.prepare import maker_of, prepare
+from mtllm_jax.data.prepared import holds_rows
 from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
-from mtllm_jax.hf.files import local_files
+from mtllm_jax.hf.files import is_remote, local_files
 from mtllm_jax.languages import check_language
 from mtllm_jax.metrics import Console, Progress
 from mtllm_jax.recipes.inputs import locate_models
@@ -21,9 +22,16 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     fit_lengths: choose the lengths of rows by the ratio of the texts' tokens. Raises ValueError,
     naming the field or the flag, for what cannot be read, or a folder of something else.
     """
+    if is_remote(to):
+        raise ValueError(f"--to={to} is remote; it must be a local folder, to be copied from.")
     for field in ("encoder", "llm", "adaptation_text"):
         if not getattr(config, field):
             raise ValueError(f"config.{field} is ''; text is prepared for models that are there.")
+    if holds_rows(config.adaptation_text):
+        raise ValueError(
+            f"config.adaptation_text: {config.adaptation_text} is prepared already; give it to"
+            " launch/train.py."
+        )
     if fit_lengths and not config.adaptation.training.packing:
         raise ValueError(
             "--fit_lengths has no effect with config.adaptation.training.packing False, where a row"

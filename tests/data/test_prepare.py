@@ -340,6 +340,65 @@ def test_a_manifest_of_another_kind_is_refused(rows_folder):
         Prepared(rows_folder)
 
 
+def without(*path):
+    def damage(manifest):
+        for step in path[:-1]:
+            manifest = manifest[step]
+        del manifest[path[-1]]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without("finished"), "finished is missing"),
+        (without("made_from"), "made_from is missing"),
+        (lambda manifest: manifest.update(made_from={}), r"made_from\.source_length is missing"),
+        (lambda manifest: manifest.update(made_from=[]), "made_from is not a group of fields"),
+        (without("made_from", "packing"), r"made_from\.packing is missing"),
+        (without("made_from", "pad_ids", "target"), r"made_from\.pad_ids\.target is missing"),
+        (lambda manifest: manifest.update(shards=[]), "shards is empty"),
+        (lambda manifest: manifest.update(shards={}), "shards is not a list"),
+        (lambda manifest: manifest["shards"].insert(1, None), r"shards\[1\] is missing"),
+        (without("shards", 3, "bytes"), r"shards\[3\]\.bytes is missing"),
+        (without("shards", 0, "counts", "rows"), r"shards\[0\]\.counts\.rows is missing"),
+        (without("counts"), "counts is missing"),
+        (without("counts", "tokens", "source"), r"counts\.tokens\.source is missing"),
+    ],
+)
+def test_a_damaged_manifest_is_one_sentence(rows_folder, maker, texts, damage, said):
+    file = rows_folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    damage(manifest)
+    file.write_text(json.dumps(manifest))
+    match = rf"rows/manifest\.json is damaged, {said}; prepare the text again, with another --to\.$"
+    with pytest.raises(ValueError, match=match):
+        Prepared(rows_folder)
+    with pytest.raises(ValueError, match=match):
+        prepare(rows_folder, maker, texts)
+
+
+@pytest.mark.parametrize("cut", [0, 40, None])
+def test_a_shard_whose_note_is_damaged_is_made_again(rows_folder, maker, texts, cut):
+    """As of a start that was stopped with two shards made, whose second note is no longer whole."""
+    before = files_of(rows_folder)
+    manifest = json.loads(before["manifest.json"])
+    shards, manifest["shards"] = manifest["shards"], [None] * 5
+    del manifest["counts"]
+    (rows_folder / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    notes = [rows_folder / f"rows-{i:05}-of-00005.json" for i in range(2)]
+    for note, shard in zip(notes, shards, strict=False):
+        note.write_text(json.dumps(shard))
+    notes[1].write_text("{}" if cut is None else notes[1].read_text()[:cut])
+    with pytest.raises(ValueError, match="is unfinished, with 1 of 5 shards"):
+        Prepared(rows_folder)
+    told = []
+    prepare(rows_folder, maker, texts, progress=lambda done, total: told.append(done))
+    assert told[0] == shards[0]["counts"]["texts"]
+    assert files_of(rows_folder) == before
+
+
 # ---------------------------------------------------------------- at the door of a run
 
 
@@ -356,6 +415,10 @@ def config_of(folder, **changes):
             group = group[part]
         group[last] = value
     return resolve(MTLLM, values)
+
+
+def run_recipe(config, to):
+    recipe.run(config, str(to), workers=0, fit_lengths=False, console=Console(io.StringIO()))
 
 
 def read_at_the_door(config):
@@ -429,13 +492,30 @@ def test_rows_of_another_tokenizer_are_refused(folder, prepared_folder, tmp_path
 @pytest.mark.parametrize("field", ["encoder", "llm", "adaptation_text"])
 def test_prepare_needs_models_and_text(folder, tmp_path, field):
     with pytest.raises(ValueError, match=rf"config\.{field} is ''"):
-        recipe.run(
-            config_of(folder, **{field: ""}),
-            str(tmp_path),
-            workers=0,
-            fit_lengths=False,
-            console=Console(io.StringIO()),
-        )
+        run_recipe(config_of(folder, **{field: ""}), tmp_path)
+
+
+def test_prepared_rows_are_not_prepared_again(folder, prepared_folder, tmp_path):
+    to, _ = prepared_folder
+    said = rf"^config\.adaptation_text: {to} is prepared already; give it to launch/train\.py\.$"
+    with pytest.raises(ValueError, match=said):
+        run_recipe(config_of(folder, adaptation_text=str(to)), tmp_path / "rows")
+    assert not (tmp_path / "rows").exists()
+
+
+def test_a_manifest_beside_text_is_no_matter(folder, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "manifest.json").write_text("{}")
+    (tmp_path / "texts" / "a.txt").write_text("Norway and Sweden\n")
+    run_recipe(config_of(folder, adaptation_text=str(tmp_path / "texts")), tmp_path / "rows")
+    assert len(Prepared(tmp_path / "rows").rows()) == 1
+
+
+def test_a_remote_folder_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^--to=gs://bucket/x is remote; .* local folder.*\.$"):
+        run_recipe(config_of(folder), "gs://bucket/x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_lengths_are_fitted_to_packed_rows_alone(folder, tmp_path):
