@@ -50,12 +50,13 @@ def main(config: MTLLM) -> None:
     if results is not None:
         console.print(results_table(results, epath.Path(path), console.width))
         return
+    recipe = importlib.import_module(RECIPES[config.recipe][1])
     profile = parse_profile(_PROFILE.value) if _PROFILE.value else None
     watch = Watch(tensorboard=_TENSORBOARD.value, wandb=_WANDB.value, profile=profile)
-    watch.check()
+    watch.check({name.split(".")[0]: stage.steps for name, stage in config.stages().items()})
     if not _DRY_RUN.value:
+        recipe.check_workdir(config, path)
         keep_compiled(_COMPILED.value, path)
-    recipe = importlib.import_module(RECIPES[config.recipe][1])
     if idle := recipe.idle_fields(config, cli.overridden()):
         console.warn(idle)
     inputs = recipe.read_inputs(config, recipe.revisions_of(path))

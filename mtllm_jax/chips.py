@@ -40,14 +40,15 @@ CHIPS = {
 # One GPU of so many GB.
 GPUS = {24: "rtx4090", 48: "l40s", 80: "h100", 141: "h200"}
 
-# As jax's device_kind begins for each of them.
+# What jax calls them (device_kind).
 _KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
     "TPU v5": "v5p",
-    "NVIDIA H100": "h100",
+    "TPU v5p": "v5p",
+    "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
     "NVIDIA L40S": "l40s",
     "NVIDIA GeForce RTX 4090": "rtx4090",
@@ -70,9 +71,8 @@ class Machine:
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip behind a device's `device_kind`; None for one that is not in the table."""
-    return next(
-        (CHIPS[name] for kind, name in _KINDS.items() if device_kind.startswith(kind)), None
-    )
+    name = _KINDS.get(device_kind)
+    return None if name is None else CHIPS[name]
 
 
 def one_gpu(gigabytes: int) -> Machine:

@@ -11,8 +11,8 @@ position, and twice that backward, whatever is frozen. Causal attention counts a
 custom (arXiv 2204.02311, appendix B). Embedding lookups are 0. Norms, softmax, pooling and
 other work by element are left out.
 
-Packed rows: the texts of a row are taken to be equally long. A position then reads S / texts
-others as far as the model goes, and all S on hardware, whose attention masks rather than skips.
+Packed rows: the texts of a row are taken to be equally long. A token then reads S / texts others as
+far as the model goes; hardware computes paddings too, and attention to all S, which it masks.
 """
 
 import dataclasses
@@ -36,6 +36,8 @@ class Batch:
     source_length: int = 0
     target_length: int = 0
     texts: float = 1.0
+    source_fill: float = 1.0  # the share of positions that are tokens and no padding
+    target_fill: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,26 +76,25 @@ def adaptation_flops(
     adapters = _weights(trainable, "llm", ("lora_a", "lora_b"))
     teacher = dataclasses.replace(student, trained=student.trained - adapters)
     bridge = _weights(trainable, "bridge")
-    S, T = batch.source_length, batch.target_length
-    sources, targets = batch.rows * S, batch.rows * T
-    products = {
-        "encoder": reader.forward(sources),
-        "bridge": 4.0 * bridge * sources,
-        "student": student.forward(sources) + student.backward(sources),
-        "teacher": teacher.forward(targets),
-    }
 
-    def attention(source_others: float, target_others: float) -> dict[str, float]:
+    def parts(source: float, target: float, texts: float) -> dict[str, float]:
+        """Of rows of so many positions, in each of which so many texts see only themselves."""
+        sources, targets = batch.rows * source, batch.rows * target
         return {
-            "encoder's attention": reader.attend(sources, source_others),
-            "student's attention": 3.0 * student.attend(sources, source_others),
-            "teacher's attention": teacher.attend(targets, target_others),
+            "encoder": reader.forward(sources),
+            "bridge": 4.0 * bridge * sources,
+            "student": student.forward(sources) + student.backward(sources),
+            "teacher": teacher.forward(targets),
+            "encoder's attention": reader.attend(sources, source / texts),
+            "student's attention": 3.0 * student.attend(sources, source / texts),
+            "teacher's attention": teacher.attend(targets, target / texts),
         }
 
-    again = {"student, again": student.again(sources, S)}
+    S, T = batch.source_length, batch.target_length
+    again = {"student, again": student.again(batch.rows * S, S)}
     return Flops(
-        model=products | attention(S / batch.texts, T / batch.texts),
-        hardware=products | attention(S, T) | again,
+        model=parts(S * batch.source_fill, T * batch.target_fill, batch.texts),
+        hardware=parts(S, T, 1.0) | again,
     )
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, Self, TextIO
 import pandas as pd
 import rich.box
 import rich.console
+from etils import epath
 from rich.console import RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -26,10 +28,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mtllm_jax import distributed
+from mtllm_jax.runfolder import is_local
 
 LOG_WIDTH = 100  # columns of a table where there is no terminal
 
 _MANY_BYTES = 10**9  # what takes long enough to read or write that one wants to know how far it is
+_SYNC_SECONDS = 60.0  # between two writes of metrics.jsonl to an object store
 _LOG_SECONDS = 10.0  # between two lines about one loop where there is no terminal
 _RATE_SAMPLES, _RATE_SPACING = 60, 0.5  # the rate shown is that of the last 60 × 0.5 s
 
@@ -38,15 +42,24 @@ class MetricsWriter:
     """Appends lines to metrics.jsonl, each flushed at once, so that a killed run loses nothing.
 
     A line is {"step": int, "time": unix seconds, name: number or null, ...}. Opening a file whose
-    last line a kill cut off removes that piece.
+    last line a kill cut off removes that piece. Objects of a store cannot be appended to: there the
+    lines are in a local file, and the object is written anew once a minute and at each `sync`.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        if path.exists():
-            _cut_unfinished_line(path)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: epath.PathLike) -> None:
+        self._kept = epath.Path(path)
+        self._mirrors = not is_local(self._kept)
+        self._path = Path(self._kept)
+        if self._mirrors:
+            self._folder = tempfile.TemporaryDirectory(prefix="metrics-")
+            self._path = Path(self._folder.name) / self._kept.name
+            if self._kept.exists():
+                self._path.write_bytes(self._kept.read_bytes())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            _cut_unfinished_line(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._synced = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a line. NaN and infinities become null, as strict JSON readers refuse them.
@@ -61,6 +74,8 @@ class MetricsWriter:
             line[name] = figure if math.isfinite(figure) else None
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            self.sync()
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of steps beyond `step`, that of the restored checkpoint."""
@@ -71,8 +86,15 @@ class MetricsWriter:
         temporary.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
 
+    def sync(self) -> None:
+        """Have all lines so far where `path` says."""
+        self._synced = time.monotonic()
+        if self._mirrors:
+            self._kept.write_bytes(self._path.read_bytes())
+
     def close(self) -> None:
         self._file.close()
+        self.sync()
 
     def __enter__(self) -> Self:
         return self
@@ -81,20 +103,20 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: Path) -> pd.DataFrame:
+def read_metrics(path: epath.PathLike) -> pd.DataFrame:
     """metrics.jsonl with a column each for step, time and every metric; null or absent is NaN.
 
     A last line still being written is left out. Raises ValueError for any other broken line.
     """
-    frame = pd.DataFrame([line for _, line in _lines(path)])
+    frame = pd.DataFrame([line for _, line in _lines(epath.Path(path))])
     if frame.empty:
         frame = pd.DataFrame(columns=["step", "time"])
     return frame.astype(float).astype({"step": int})
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path | epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every finished line, and what it says."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("r", encoding="utf-8") as file:
         for count, text in enumerate(file, start=1):
             if not text.endswith("\n"):
                 return

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+from etils import epath
 
 from mtllm_jax.curves import curve_figures
 from mtllm_jax.metrics import duration, number
@@ -31,6 +32,7 @@ from mtllm_jax.results import (
     systems_of,
     tests_of,
 )
+from mtllm_jax.runfolder import write_text
 
 # What a report is about, in the recipes' order of preference; otherwise the first system there is.
 HEADLINERS = ("mt_llm", "sdrrl")
@@ -73,12 +75,12 @@ _HEAT = (0.03, 0.72)  # opacity of the worst and the best cell; text stays reada
 
 
 def write_report(
-    run_folder: Path,
+    run_folder: epath.Path,
     results: Mapping[str, Any],
     config: Mapping[str, Any],
     curves: Mapping[str, pd.DataFrame],
     facts: Mapping[str, Any],
-) -> Path:
+) -> epath.Path:
     """Write run_folder/report.html, replacing an earlier one, and return its path.
 
     results: what results.json holds; also, where there, "majority_unseen" and "cost".
@@ -100,14 +102,12 @@ def write_report(
         _context(run_folder, results, config, curves, facts)
     )
     path = run_folder / "report.html"
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
     return path
 
 
 def _context(
-    run_folder: Path,
+    run_folder: epath.Path,
     results: Mapping[str, Any],
     config: Mapping[str, Any],
     curves: Mapping[str, pd.DataFrame],

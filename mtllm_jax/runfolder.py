@@ -6,12 +6,13 @@ at all; one run at a time works in it. Of several processes the first alone writ
 it wrote from the next `distributed.by_first` on.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -47,7 +48,7 @@ class RunFolder:
         _is_run_of(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if _is_local(self.path):
+            if is_local(self.path):
                 self._lock = _take_lock(self.path / _LOCK)
         except OSError as error:
             raise ValueError(
@@ -190,16 +191,23 @@ def write_jsonl(path: epath.Path, rows: Iterable[Any]) -> None:
 def write_text(path: epath.Path, text: str) -> None:
     """Write a UTF-8 file so that a reader sees the old one or the new one, also after a crash; of
     several processes the first writes it."""
-    if not distributed.is_first():
-        return
+    if distributed.is_first():
+        with new_file(path) as file:
+            file.write(text.encode())
+
+
+@contextlib.contextmanager
+def new_file(path: epath.Path) -> Iterator[BinaryIO]:
+    """A file to write, which has its name, or takes another's place, once all of it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not _is_local(path):
-        path.write_text(text)  # object stores show an object when all of it is there
+    if not is_local(path):
+        with path.open("wb") as file:  # object stores show an object when all of it is there
+            yield file
         return
     # One name per file: a leftover of a killed process is written over, not heaped up.
     temporary = path.parent / f".{path.name}.unfinished"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -226,7 +234,8 @@ def _take_lock(path: epath.Path) -> int:
     return descriptor
 
 
-def _is_local(path: epath.Path) -> bool:
+def is_local(path: os.PathLike[str] | str) -> bool:
+    """Whether the path is one of a mounted file system, and no object store's."""
     return "://" not in os.fspath(path)
 
 

@@ -186,8 +186,10 @@ def place_batch(
     None: it holds all of them, the same in every process.
     """
 
+    mine = None if batch_rows is None else process_rows(batch_rows, mesh)
+
     def put(name: str, rows: np.ndarray) -> jax.Array:
-        places = np.arange(len(rows)) if batch_rows is None else process_rows(batch_rows, mesh)
+        places = np.arange(len(rows)) if mine is None else mine
         shape = (batch_rows or len(rows), *rows.shape[1:])
 
         def part(index: Any) -> np.ndarray:
@@ -200,11 +202,14 @@ def place_batch(
     return {name: put(name, rows) for name, rows in batch.items()}
 
 
-def check_rows(rows: int, mesh: jax.sharding.Mesh, field: str) -> None:
-    """Raise ValueError unless `rows` can be cut over the mesh."""
+def check_rows(rows: int, mesh: jax.sharding.Mesh, field: str, accumulation: int = 1) -> None:
+    """Raise ValueError unless `rows`, in so many micro-batches, can be cut over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
-        raise ValueError(f"config.{field} is {rows}; it must be a multiple of {ways}, data × fsdp.")
+    if rows % (ways * accumulation):
+        parts = "data × fsdp" + (f" × accumulation, {accumulation}" if accumulation > 1 else "")
+        raise ValueError(
+            f"config.{field} is {rows}; it must be a multiple of {ways * accumulation}, {parts}."
+        )
 
 
 def rows_for(rows: int, mesh: jax.sharding.Mesh) -> int:

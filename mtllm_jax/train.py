@@ -4,7 +4,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -160,16 +159,16 @@ def fit(
     console: Console,
     watch: Watch = UNWATCHED,
     add: Callable[[Batch], Batch] | None = None,
-    flops: Callable[[float], Flops] | None = None,
+    flops: Callable[[Any], Flops] | None = None,
 ) -> nnx.State:
     """Train one stage to its last step, going on where an earlier start stopped.
 
     rows: makes the random-access source of packed rows (`data.packing`); add: what a batch gets
-    beside. flops: of a step, given the mean number of texts in a row; where it is there, and the
-    device is one whose speed is known, model and hardware FLOPs utilisation are logged. Where the
-    stage was trained before, its weights are read back. Raises Interrupted after saving when the
-    process, or any of several, is asked to stop, FloatingPointError after ten skipped steps in a
-    row.
+    beside. flops: of a step, given those rows; where it is there, and the device is one whose speed
+    is known, model and hardware FLOPs utilisation are logged (padding counts in the latter alone).
+    Where the stage was trained before, its weights are read back. Raises Interrupted after saving
+    when the process, or any of several, is asked to stop, FloatingPointError after ten skipped
+    steps in a row.
     """
     goodput = Goodput(stage.path / "goodput.json")
     # A copy: the step gives its buffers away, and the caller may hold them as someone's weights.
@@ -218,8 +217,8 @@ def fit(
         if restored is not None:
             state, step = restored
             console.print(f"going on from step {step} of {config.steps}")
-        used = None if flops is None else flops(source.counts.texts / source.counts.rows)
-        log = _Log(stage, title, config, step, console, watch.sinks(stage.path), used)
+        used = None if flops is None else flops(source)
+        log = _Log(stage, title, config, step, console, watch.sinks(stage.path, step), used)
         profiler = watch.profiler(stage.path)
         ballot = distributed.Ballot()
         kind = "compile"  # is what the first call of a jitted function waits for
@@ -245,7 +244,7 @@ def fit(
                 last = step == config.steps
                 asked = ballot(stop.signum if stop.requested else 0)
                 if asked or last or step % config.checkpoint_every == 0:
-                    log.flush()
+                    log.flush(sync=True)
                     goodput.to("save")
                     checkpointer.save(step, state, iterator, frozen_hash=frozen_hash)
                     goodput.write()
@@ -287,7 +286,7 @@ class _Log:
     ):
         self._writer: MetricsWriter | None = None
         if distributed.is_first():
-            self._writer = MetricsWriter(Path(stage.metrics))
+            self._writer = MetricsWriter(stage.metrics)
             self._writer.truncate_after(step)
         self._sinks = sinks
         self._rates = np.asarray(learning_rate(config)(jnp.arange(config.steps)))
@@ -330,11 +329,16 @@ class _Log:
         self._pending = (step, terms, began)
         self._examples = examples_BN
 
-    def flush(self) -> None:
-        """Write down the metrics that are still on the device."""
-        if self._pending is None:
-            return
-        (step, terms, began), self._pending = self._pending, None
+    def flush(self, *, sync: bool = False) -> None:
+        """Write down the metrics that are still on the device; with `sync` where they are kept,
+        which object stores are not asked for at each step."""
+        if self._pending is not None:
+            self._write(*self._pending)
+        if sync and self._writer is not None:
+            self._writer.sync()
+
+    def _write(self, step: int, terms: Terms, began: float) -> None:
+        self._pending = None
         sums = jax.device_get(terms)
         values = {
             name: float(total) / float(count) if count else float("nan")

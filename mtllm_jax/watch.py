@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import jax
 from etils import epath
 
 from mtllm_jax import distributed
+from mtllm_jax.runfolder import read_json, write_json
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # flag → what it needs
 
@@ -39,20 +41,28 @@ class Watch:
     wandb: str = ""
     profile: tuple[str, int, int] | None = None
 
-    def check(self) -> None:
-        """Raise ValueError, naming the flag, for a package that is not installed."""
+    def check(self, steps: Mapping[str, int]) -> None:
+        """Raise ValueError, naming the flag, for a package that is not installed, or a profile of
+        what is not trained. steps: of each stage that is."""
+        if self.profile is not None:
+            stage, first, last = self.profile
+            if last > steps.get(stage, 0):
+                stages = ", ".join(f"{name} ({count} steps)" for name, count in steps.items())
+                raise ValueError(
+                    f"--profile is {stage}:{first}-{last}; the stages that are trained: {stages}."
+                )
         for flag, package in _PACKAGES.items():
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
-                raise ValueError(f"--{flag} needs {package}: pip install {package}")
+                raise ValueError(f"--{flag} needs {package}: pip install -e '.[watch]'")
 
-    def sinks(self, stage: epath.Path) -> list[Sink]:
-        """What takes the metrics of a stage in its folder `stage`; of several processes the first
-        has any."""
+    def sinks(self, stage: epath.Path, step: int) -> list[Sink]:
+        """What takes the metrics of a stage in its folder `stage`, after `step` steps; of several
+        processes the first has any."""
         if not distributed.is_first():
             return []
         found: list[Sink] = []
         if self.tensorboard:
-            found.append(_TensorBoard(stage / "tensorboard"))
+            found.append(_TensorBoard(stage / "tensorboard", step))
         if self.wandb:
             found.append(_WeightsAndBiases(self.wandb, stage))
         return found
@@ -115,10 +125,11 @@ class Profiler:
 
 
 class _TensorBoard:
-    def __init__(self, folder: epath.Path):
+    def __init__(self, folder: epath.Path, step: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        # Steps beyond a restored checkpoint were written before, and do not count.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -129,14 +140,17 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run for each stage, of the same name and id when it goes on."""
+    """A run for each stage; its id lies in the stage's folder, for when it goes on."""
 
     def __init__(self, project: str, stage: epath.Path):
         import wandb
 
-        name = f"{stage.parent.name}-{stage.name}"
+        path = stage / "wandb.json"
+        if not path.exists():
+            write_json(path, {"id": uuid.uuid4().hex})
+        name, known = f"{stage.parent.name}-{stage.name}", read_json(path)["id"]
         self._run = wandb.init(
-            project=project, name=name, id=name, group=stage.parent.name, resume="allow"
+            project=project, name=name, id=known, group=stage.parent.name, resume="allow"
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

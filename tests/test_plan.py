@@ -221,6 +221,35 @@ def test_where_nothing_fits_alone_all_changes_are_tried_together():
     assert "--config.frozen_dtype=int8" in [change.flags for change in plan.changes]
 
 
+def test_what_the_compiler_could_not_fit_is_not_said_to_fit(monkeypatch):
+    """Whether or not its sentence names the bytes that were wanted."""
+    machine = chips.topology("v5e:4x4")
+    said = "Ran out of memory: HLO temporaries ({}) exceeds available HBM (15.75G)."
+    batches = []
+    for size in ("22.38G", "some"):
+        too_large = compiled.TooLarge("", compiled._needed(said.format(size)), 1.0)
+        monkeypatch.setattr(compiled, "compile_for", lambda *_, found=too_large: found)
+        plan = make_plan(step(), machine, by_compiler=True)
+        assert not plan.fits and 0 < plan.largest_batch < 256
+        batches.append(plan.largest_batch)
+        for change in plan.changes:
+            assert change.fits == (change.peak <= machine.chip.memory_gb * 1e9)
+    assert batches[0] < batches[1]
+
+
+def test_a_mesh_that_is_suggested_is_the_one_that_its_flags_give():
+    mesh = c.Mesh(data=4, fsdp=1, tensor=-1, context=2)
+    changes = search._smaller(step(mesh=mesh).config, chips.topology("v5e:4x4"))
+    flags, make = changes[0]
+    assert flags.split() == [
+        "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.mesh.tensor=2"
+    ]  # fmt: skip
+    assert make(step().config).mesh == c.Mesh(data=1, fsdp=-1, tensor=2, context=2)
+    whole = step(mesh=c.Mesh(data=1, fsdp=-1, context=2)).config
+    flags = [flags for flags, _ in search._smaller(whole, chips.topology("v5e:4x4"))]
+    assert not any("mesh" in flag for flag in flags)
+
+
 def test_a_sweep_holds_what_fits_the_fastest_first():
     machine = chips.topology("v5e:4x4")
     found = search.sweep(step(), machine)
@@ -306,3 +335,19 @@ def test_the_compiler_of_tpus_agrees_on_a_small_model():
     assert isinstance(plan.found, compiled.Compiled) and plan.fits
     gathered = plan.found.traffic["all-gather"] + plan.found.traffic.get("collective-permute", 0)
     assert gathered == pytest.approx(plan.estimate.traffic["all-gather"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpu=24", "--json=nowhere/plan.json"], "--json is nowhere/plan.json; it must be"),
+        (["--gpu=24", "--json=/"], "--json is /; it must be a file"),
+        (["--gpu=24", "--config.mesh.slices=2"], "mesh.slices is 2; a plan is for one slice"),
+        (["--gpu=80", "--config.attention=splash"], "config.attention: attention is 'splash'"),
+        (["--topology=v5e:4x4", "--config.adaptation.training.accumulation=32"],
+         "batch_rows is 256; it must be a multiple of 512, data × fsdp × accumulation, 32"),
+    ],
+)  # fmt: skip
+def test_what_a_run_would_refuse_is_refused(arguments, sentence):
+    done = launched(f"--config={ROOT}/configs/mtllm.py:llama3-8b", "--analytic", *arguments)
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr

@@ -45,7 +45,8 @@ def test_percentiles_of_step_times():
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
-     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("cpu", None)],
+     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"),
+     ("NVIDIA H100 PCIe", None), ("cpu", None)],
 )  # fmt: skip
 def test_chips_by_what_jax_calls_them(kind, name):
     assert chip_of(kind) == (CHIPS[name] if name else None)
@@ -59,9 +60,15 @@ def test_a_profile_that_is_none_is_refused(text):
 
 def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(watch.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--wandb needs wandb: pip install wandb"):
-        watch.Watch(wandb="project").check()
-    watch.UNWATCHED.check()
+    with pytest.raises(ValueError, match=r"--wandb needs wandb: pip install -e"):
+        watch.Watch(wandb="project").check({})
+    watch.UNWATCHED.check({})
+
+
+@pytest.mark.parametrize("profile", [("teachers", 1, 2), ("teacher", 19, 21)])
+def test_a_profile_of_what_is_not_trained_is_refused(profile):
+    with pytest.raises(ValueError, match=r"--profile is teacher.*: teacher \(20 steps\)\."):
+        watch.Watch(profile=profile).check({"teacher": 20})
 
 
 def scalars(folder):

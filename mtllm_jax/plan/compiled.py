@@ -30,9 +30,11 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """The compiler found no way to fit the step; `said` is its reason."""
+    """The compiler found no way to fit the step; `said` is its reason, `needed` the bytes of
+    activations that it names, 0 where it names none."""
 
     said: str
+    needed: float
     seconds: float
 
 
@@ -51,7 +53,8 @@ def compile_for(step: abstract.Step, machine: Machine) -> Compiled | TooLarge:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return TooLarge(_reason(str(error)), time.monotonic() - start)
+        said = _reason(str(error))
+        return TooLarge(said, _needed(said), time.monotonic() - start)
     sizes, text = program.memory_analysis(), program.as_text()
     assert sizes is not None and text is not None  # both are there for TPUs
     found = hlo.collectives(text)
@@ -78,6 +81,12 @@ def _devices(machine: Machine) -> list[jax.Device]:
         said = str(error).partition(": ")[2] or str(error)
         raise ValueError(f"--topology is {machine.name!r}, which libtpu refuses: {said}.") from None
     return list(description.devices)
+
+
+def _needed(said: str) -> float:
+    """Bytes of "HLO temporaries (22.38G)"."""
+    match = re.search(r"temporaries \((?P<size>[\d.]+)G\)", said)
+    return float(match["size"]) * 1024**3 if match else 0.0
 
 
 def _reason(said: str) -> str:

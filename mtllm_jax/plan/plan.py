@@ -51,9 +51,12 @@ def make_plan(step: abstract.Step, machine: Machine, *, by_compiler: bool) -> Pl
     """by_compiler: compile the step too, which must be for TPUs."""
     estimated = estimate(step, machine)
     found = compiled.compile_for(step, machine) if by_compiler else None
+    activations = estimated.memory.activations
     scale = 1.0
     if isinstance(found, Compiled):
-        scale = found.working / estimated.memory.activations
+        scale = found.working / activations
+    elif isinstance(found, TooLarge):
+        scale = max(search.least_too_large(estimated.memory, machine), found.needed / activations)
     plan = Plan(
         step,
         machine,

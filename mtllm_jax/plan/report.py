@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from mtllm_jax import chips, sharding
-from mtllm_jax.config import MTLLM
+from mtllm_jax.config import MTLLM, naming
 from mtllm_jax.metrics import Console, duration, number
+from mtllm_jax.ops.attention import check_attention
 from mtllm_jax.plan import abstract, compiled, search, sizes
 from mtllm_jax.plan.compiled import Compiled, TooLarge
 from mtllm_jax.plan.plan import Plan, make_plan, numbers
@@ -39,6 +40,11 @@ def run(config: MTLLM, options: Options, console: Console) -> None:
     machine = _machine(options)
     if options.texts < 1:
         raise ValueError(f"--texts is {options.texts}; it must be at least 1.")
+    if config.adaptation.training.packing and options.texts == 1:
+        console.warn("rows are packed, and --texts, how many texts a row holds, is taken to be 1.")
+    out = None if options.json is None else Path(options.json)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"--json is {options.json}; it must be a file in a folder that is there.")
     by_compiler = machine.chip.platform == "tpu" and not options.analytic
     if by_compiler and not compiled.is_there():
         by_compiler = False
@@ -57,9 +63,9 @@ def run(config: MTLLM, options: Options, console: Console) -> None:
         console.print(f"Compiling the step for {machine.name}; minutes, for large models.")
     plan = make_plan(step, machine, by_compiler=by_compiler)
     show(plan, console)
-    if options.json is not None:
+    if out is not None:
         values = numbers(plan) | ({"sweep": [_row(c) for c in swept]} if options.sweep else {})
-        Path(options.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _machine(options: Options) -> chips.Machine:
@@ -72,10 +78,22 @@ def _machine(options: Options) -> chips.Machine:
 
 
 def _check(step: abstract.Step, machine: chips.Machine) -> None:
-    """Raise ValueError unless the rows can be cut over the machine's chips, as `train.fit` does."""
+    """Raise ValueError for what a run on the machine would refuse, or a plan leaves out."""
     config, training = step.config, step.config.adaptation.training
+    if config.mesh.slices != 1:
+        raise ValueError(f"config.mesh.slices is {config.mesh.slices}; a plan is for one slice, 1.")
+    with naming("attention"):
+        check_attention(
+            config.attention,
+            machine.chip.platform,
+            segments=training.packing,
+            head_width=step.llm.head_width,
+            dtype=config.compute_dtype,
+            context=config.mesh.context,
+        )
     mesh: Any = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform)
-    sharding.check_rows(training.batch_rows, mesh, "adaptation.training.batch_rows")
+    rows = "adaptation.training.batch_rows"
+    sharding.check_rows(training.batch_rows, mesh, rows, training.accumulation)
     for side in ("source_length", "target_length"):
         sharding.check_length(getattr(training, side), mesh, f"adaptation.training.{side}")
 
@@ -134,7 +152,7 @@ def show(plan: Plan, console: Console) -> None:
     )
     console.print(
         f"{seconds.roofline:.3f} s a step at best, bound by {seconds.bound}: "
-        f"{number(values['tokens_per_second_per_chip'])} source tokens/s/chip, "
+        f"{number(values['tokens_per_second_per_chip'])} source tokens/s/chip in full rows, "
         f"{100 * values['mfu_at_roofline']:.0f} % MFU; {number(values['chip_hours'])} chip-hours "
         f"for {training.steps} steps, which take {duration(training.steps * seconds.roofline)}."
     )

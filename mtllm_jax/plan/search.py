@@ -39,6 +39,12 @@ def peak(memory: Memory, scale: float) -> float:
     return memory.peak + (scale - 1.0) * memory.activations
 
 
+def least_too_large(memory: Memory, machine: Machine) -> float:
+    """The scale from which on a step does not fit."""
+    lies = memory.peak - memory.activations
+    return 1.001 * (machine.chip.memory_gb * 1e9 - lies) / memory.activations
+
+
 def largest_batch(step: abstract.Step, machine: Machine, scale: float = 1.0) -> int:
     """Rows of the largest step that fits, in as many micro-batches as now; 0 if none does."""
     training = step.config.adaptation.training
@@ -86,14 +92,19 @@ def changes(step: abstract.Step, machine: Machine, scale: float = 1.0) -> list[C
 def _smaller(config: MTLLM, machine: Machine) -> list[tuple[str, Callable[[MTLLM], MTLLM]]]:
     """Flags that save memory here, and what each does to a config."""
     sizes = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform).shape
-    uncut = sizes["fsdp"] * sizes["tensor"] < machine.num_chips
-    mesh = Mesh(data=1, fsdp=-1)
+    # Chips that hold the same weights share them instead.
+    mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1)
+    mesh_flags = "--config.mesh.data=1 --config.mesh.fsdp=-1"
+    for axis in ("tensor", "context"):
+        if getattr(config.mesh, axis) == -1:
+            mesh = dataclasses.replace(mesh, **{axis: sizes[axis]})
+            mesh_flags += f" --config.mesh.{axis}={sizes[axis]}"
 
     def setting(**values: Any) -> Callable[[MTLLM], MTLLM]:
         return lambda config: dataclasses.replace(config, **values)
 
     choices = [
-        (uncut, "--config.mesh.data=1 --config.mesh.fsdp=-1", setting(mesh=mesh)),
+        (sizes["data"] > 1, mesh_flags, setting(mesh=mesh)),
         (config.remat != "full", "--config.remat=full", setting(remat="full")),
         (
             config.frozen_dtype == "float32",

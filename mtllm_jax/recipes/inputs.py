@@ -73,7 +73,7 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     locate_models(config, revisions, weights=False)
     mesh = sharding.make_mesh(config.mesh)
     for where, training in config.stages().items():
-        sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows")
+        sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows", training.accumulation)
         for side in SIDES[where]:
             field = f"{side}_length"
             sharding.check_length(getattr(training, field), mesh, f"{where}.{field}")

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +18,12 @@ from mtllm_jax.recipes.job import Job
 from mtllm_jax.recipes.systems import build_systems, train
 from mtllm_jax.report import write_report
 from mtllm_jax.results import results_table
-from mtllm_jax.runfolder import RunFolder
+from mtllm_jax.runfolder import RunFolder, is_local
 from mtllm_jax.schema import to_dict
 from mtllm_jax.tasks.classification import Classification
 from mtllm_jax.watch import Watch
 
-__all__ = ["dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
+__all__ = ["check_workdir", "dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
 
 TRAINED_STAGES = {
     "mini_nllb": "mini NLLB",
@@ -34,6 +33,16 @@ TRAINED_STAGES = {
     "distillation": "stage 2b, task distillation",
     "mt_encoder": "MT encoder + head",
 }
+
+
+def check_workdir(config: MTLLM, path: os.PathLike[str] | str) -> None:
+    """Raise ValueError for a run in an object store that would make its own models or text."""
+    if not is_local(path) and config.uses_embedded_text():
+        raise ValueError(
+            f"workdir {path} is in an object store, and the embedded text and the tiny models are"
+            " made in local folders; name your own encoder, llm, adaptation_text and task, or a"
+            " local workdir."
+        )
 
 
 def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watch: Watch) -> None:
@@ -55,7 +64,7 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
     if not distributed.is_first():
         return
     curves = {
-        title: read_metrics(Path(folder.path / name / "metrics.jsonl"))
+        title: read_metrics(folder.path / name / "metrics.jsonl")
         for name, title in TRAINED_STAGES.items()
         if (folder.path / name / "metrics.jsonl").exists()
     }

@@ -44,6 +44,7 @@ from mtllm_jax.models.llama import Llama
 from mtllm_jax.models.stack import Stack, classification_head, llm_pooled, segment_mean
 from mtllm_jax.objectives import Terms, classification, pooled_mse
 from mtllm_jax.recipes.job import Job
+from mtllm_jax.runfolder import new_file
 from mtllm_jax.tasks.classification import Classification
 from mtllm_jax.train import Objective, fit
 
@@ -211,9 +212,15 @@ def general_adaptation(
             job.console.print(packed.told())
             return packed
 
-        def flops(texts: float) -> Flops:
-            lengths = training.source_length, training.target_length
-            step = FlopsBatch(training.batch_rows, *lengths, texts)
+        def flops(packed: Rows) -> Flops:
+            step = FlopsBatch(
+                rows=training.batch_rows,
+                source_length=training.source_length,
+                target_length=training.target_length,
+                texts=packed.counts.texts / packed.counts.rows,
+                source_fill=packed.fill["source"],
+                target_fill=packed.fill["target"],
+            )
             sizes = parts.encoder.config, parts.llm.config
             return adaptation_flops(trainable, frozen, *sizes, step)
 
@@ -445,7 +452,8 @@ def _teacher_vectors(
     """The teacher's pooled state of every training text, computed once and stored. [texts, D]."""
     path = stage.path / "teacher_vectors.npy"
     if distributed.by_first(path.exists):
-        return np.load(path)
+        with path.open("rb") as file:
+            return np.load(file)
     forward, state = llm_forward(job.config, teacher)
     run = Vectors(
         forward,
@@ -456,11 +464,8 @@ def _teacher_vectors(
     )
     vectors_MD = run(parts.target.encode(_texts(task), max_length=job.config.teacher.target_length))
     if distributed.is_first():
-        # Whole or not at all: a kill while writing leaves no file of this name.
-        unfinished = path.parent / f".{path.name}.unfinished"
-        with unfinished.open("wb") as file:
+        with new_file(path) as file:
             np.save(file, vectors_MD)
-        unfinished.replace(path)
     return vectors_MD
 
 
