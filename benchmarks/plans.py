@@ -44,7 +44,8 @@ def memory(plans: list[dict[str, Any]]) -> pd.DataFrame:
             | {kind: f"{kinds[kind]:.2f}" for kind in KINDS}
             | {"activations, arithmetic": f"{other['activations']:.2f}"}
             | {"peak": f"{compiler:.2f}", "peak, arithmetic": f"{arithmetic:.2f}"}
-            | {"off by": f"{arithmetic / compiler - 1:+.1%}", "usable": one["hbm_gb_usable"]}
+            | {"off by": f"{arithmetic / compiler - 1:+.1%}"}
+            | {"usable": f"{one['hbm_gb_usable']:.2f}"}
         )
     return pd.DataFrame(rows)
 
@@ -60,7 +61,8 @@ def traffic(plans: list[dict[str, Any]]) -> pd.DataFrame:
                 | {kind: f"{size:.2f}" for kind, size in found.items()}
                 | {"all": f"{sum(found.values()):.2f}"}
             )
-    return pd.DataFrame(rows).fillna("")
+    frame = pd.DataFrame(rows).fillna("")
+    return frame[[*(name for name in frame.columns if name != "all"), "all"]]
 
 
 def time(plans: list[dict[str, Any]]) -> pd.DataFrame:
