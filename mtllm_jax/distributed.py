@@ -12,11 +12,15 @@ import importlib.util
 import json
 import os
 import re
+import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
+
+from mtllm_jax.interrupt import quit_on_signal
 
 Value = TypeVar("Value")
 
@@ -54,31 +58,29 @@ def start() -> None:
     JAX_PROCESS_ID), or where jax finds them by itself: on a Cloud TPU (a queued resource, GKE), in
     a Slurm or an Open MPI job of several tasks. JAX_NUM_PROCESSES=1 keeps a process on its own.
 
-    Raises ValueError for variables that are half set or no numbers, for a job that jax does not
-    find, or a port that is taken. Ends the process with exit code 1 if the others have not come
-    within five minutes.
+    Call it from the main thread. While the processes gather, Ctrl-C or SIGTERM ends this one at
+    once, with the exit code that either has everywhere.
+
+    Raises ValueError for variables that are half set or no numbers, or for a job that jax does not
+    find or cannot begin. Ends the process with exit code 1 and one sentence if process 0 cannot
+    listen on the port that is named, or if the others have not come within five minutes.
     """
     global _JOB
     given, tasks = named_in(os.environ), several_tasks(os.environ)
     if given is None and tasks is None and importlib.util.find_spec("libtpu") is None:
         return
-    if given is not None and given["num_processes"] == 1:
-        return
+    if given is not None:
+        if given["num_processes"] == 1:
+            return
+        if given["process_id"] == 0:
+            _check_port(given)
     import jax
     from jax._src import distributed  # the coordination service's client has no public name
 
     # Its handler would take SIGTERM from interrupt.py, and knows of no Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
-    # One second earlier than the service, which aborts with a stack trace.
-    overdue = threading.Timer(_GATHER_SECONDS - 1, _nobody_came, [given])
-    overdue.daemon = True
-    overdue.start()
     try:
-        jax.distributed.initialize(
-            **(given or {}),
-            initialization_timeout=_GATHER_SECONDS,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-        )
+        _gather(given)
     except ValueError as error:
         if given is None and tasks is None:
             return  # libtpu is installed, but this machine belongs to no cluster
@@ -90,13 +92,64 @@ def start() -> None:
         raise ValueError(
             f"{_where(given)} cannot be used ({_first_line(error)}); is that port taken?"
         ) from None
-    finally:
-        overdue.cancel()
     state = distributed.global_state
     if state.num_processes > 1:
         _JOB = _Job(state.client, state.process_id, state.num_processes)
         _JOB.watch = threading.Thread(target=_watch, args=[_JOB], daemon=True)
         _JOB.watch.start()
+
+
+def _check_port(given: Mapping[str, Any]) -> None:
+    """End the process if its service could not listen: jax would do so by a segmentation fault."""
+    if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return  # jax listens there, and the port that others call may be another machine's
+    port = int(given["coordinator_address"].rpartition(":")[2])
+    with socket.socket() as probe:
+        # As the service does: connections of an earlier process that fade away are no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            # Exit code 1, not 2: what holds the port may be gone when a scheduler tries again.
+            raise SystemExit(
+                f"error: {ADDRESS} is {given['coordinator_address']!r}, but process 0 cannot listen"
+                f" on port {port} ({error.strerror}); end what holds it, or name a free port."
+            ) from None
+
+
+def _gather(given: Mapping[str, Any] | None) -> None:
+    """jax.distributed.initialize, in a thread: it blocks, and signals are heeded in the main one.
+
+    They end the process at once, as unwinding would wait for jax's service.
+    """
+    import jax
+
+    failed: list[Exception] = []
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(
+                **(given or {}),
+                initialization_timeout=_GATHER_SECONDS,
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            )
+        except Exception as error:
+            failed.append(error)
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    quit_on_signal()
+    try:
+        gathering = threading.Thread(target=initialize, daemon=True)
+        gathering.start()
+        # One second earlier than the service, which aborts with a stack trace.
+        gathering.join(_GATHER_SECONDS - 1)
+        if gathering.is_alive():
+            _nobody_came(given)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if failed:
+        raise failed[0]
 
 
 def named_in(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -106,14 +159,17 @@ def named_in(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if not found or found == {COUNT: "1"}:
         return {"num_processes": 1} if found else None
     if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in found]:
+        verb = "is" if len(found) == 1 else "are"
         raise ValueError(
-            f"{', '.join(found)} is set, but not {' and '.join(missing)}: several processes need"
-            f" {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}."
+            f"{' and '.join(found)} {verb} set, but not {' and '.join(missing)}: several processes"
+            f" need {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}."
         )
     for name in (COUNT, INDEX):
         if not found[name].isdecimal():
             raise ValueError(f"{name} is {found[name]!r}; it must be a whole number.")
     count, index = int(found[COUNT]), int(found[INDEX])
+    if count < 1:
+        raise ValueError(f"{COUNT} is {count}; it must be at least 1.")
     if not index < count:
         raise ValueError(f"{INDEX} is {index}; with {COUNT}={count} it must be below {count}.")
     host, _, port = found[ADDRESS].rpartition(":")
@@ -287,7 +343,7 @@ def _watch(job: _Job) -> None:
             _leave(job, int(code))
 
 
-def _nobody_came(given: Mapping[str, Any] | None) -> None:
+def _nobody_came(given: Mapping[str, Any] | None) -> NoReturn:
     line = f"error: {_where(given)}: not all processes came within {_GATHER_SECONDS} seconds; "
     line += "start them all, with an address that each can reach.\n"
     os.write(2, line.encode())

@@ -25,6 +25,11 @@ from mtllm_jax.checkpoint import load_params
 
 TRAIN = reduced.ROOT / "launch" / "train.py"
 SCRIPT = reduced.ROOT / "tests" / "one_of_processes.py"
+GIVEN = {
+    distributed.ADDRESS: "localhost:1234",
+    distributed.COUNT: "2",
+    distributed.INDEX: "1",
+}
 STEPS = 120  # of stage 1: long enough to be met by a signal
 FIELDS = {
     "adaptation.training.steps": STEPS,
@@ -43,14 +48,18 @@ STAGES = ("mini_nllb", "mini_llama", "adaptation", "teacher", "distillation", "m
 TOLERANCE = 1e-5  # of a loss, and of each array's largest number
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 class Processes:
     """So many processes of one job, four devices in all; killed if they outlive the test."""
 
     def __init__(self, count, *command, cwd):
         self.count = count
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         devices = f"--xla_force_host_platform_device_count={4 // count}"
         each = reduced.environment() | {"XLA_FLAGS": devices, "HF_HUB_OFFLINE": "1"}
         job = {distributed.ADDRESS: f"localhost:{port}", distributed.COUNT: str(count)}
@@ -244,6 +253,66 @@ def test_killed_and_started_again_by_other_counts(single, double, tmp_path):
     assert_same_weights(run, single[0])
 
 
+@contextlib.contextmanager
+def one_of_two(index, port, *command, cwd, **variables):
+    """A process whose partner never comes."""
+    job = dict(zip(GIVEN, (f"localhost:{port}", "2", str(index)), strict=True))
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=reduced.environment() | job | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    ("signum", "variables", "code"),
+    [
+        (signal.SIGINT, {}, 130),
+        (signal.SIGTERM, {}, 0),
+        (signal.SIGTERM, {"MTLLM_SIGTERM_EXIT": "143"}, 143),
+    ],
+)
+def test_a_signal_while_they_gather(index, signum, variables, code, tmp_path):
+    port = free_port()
+    command = (TRAIN, *ARGUMENTS, "--workdir=run")
+    with contextlib.ExitStack() as stack:
+        if index == 1:
+            listener = stack.enter_context(socket.create_server(("localhost", port)))
+            listener.settimeout(60)
+        process = stack.enter_context(one_of_two(index, port, *command, cwd=tmp_path, **variables))
+        if index == 1:
+            stack.enter_context(listener.accept()[0])
+        else:
+            deadline = time.monotonic() + 60
+            with socket.socket() as client:
+                while client.connect_ex(("localhost", port)):
+                    assert process.poll() is None and time.monotonic() < deadline
+                    time.sleep(0.05)
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=4)  # jax's service would take 5 s to go by itself
+    assert (process.returncode, out) == (code, "")
+    assert err.startswith("\nstopped at once. Go on with: python ") and err.count("\n") == 2
+
+
+@pytest.mark.slow
+def test_one_does_not_come(tmp_path):
+    soon = "from mtllm_jax import distributed as d; d._GATHER_SECONDS = 3; d.start()"
+    with one_of_two(0, free_port(), "-c", soon, cwd=tmp_path) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err.count("\n") == 1 and "not all processes came within 3 seconds; start them" in err
+
+
 # ---------------------------------------------------------------- what a user gets wrong
 
 
@@ -269,22 +338,52 @@ def test_a_mistake_at_the_door_is_each_ones(tmp_path):
     assert err == ["error: config.seed is 'one'; it must be an int.\n"] * 2
 
 
-GIVEN = {
-    distributed.ADDRESS: "localhost:1234",
-    distributed.COUNT: "2",
-    distributed.INDEX: "1",
-}
+@pytest.mark.slow
+def test_a_port_that_another_holds(tmp_path):
+    """Not exit code 2: the port may be free when a scheduler tries again."""
+    with socket.create_server(("localhost", 0)) as listener:
+        port = listener.getsockname()[1]
+        with one_of_two(0, port, TRAIN, *ARGUMENTS, "--workdir=run", cwd=tmp_path) as process:
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err == (
+        f"error: JAX_COORDINATOR_ADDRESS is 'localhost:{port}', but process 0 cannot listen on"
+        f" port {port} (Address already in use); end what holds it, or name a free port.\n"
+    )
+
+
+def test_only_what_listens_holds_a_port(monkeypatch):
+    """Neither connections of an earlier process, nor a port that jax is told not to listen on."""
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        given = {"coordinator_address": f"elsewhere:{port}"}
+        with pytest.raises(SystemExit, match=f"cannot listen on port {port} "):
+            distributed._check_port(given)
+        with socket.create_connection(("localhost", port)) as client:
+            listener.accept()[0].close()  # who closes first keeps the connection for a minute
+            assert client.recv(1) == b""
+    distributed._check_port(given)
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("", port))
+    with socket.create_server(("", port)):
+        monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "[::]:1")
+        distributed._check_port(given)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({distributed.COUNT: None}, "is set, but not JAX_NUM_PROCESSES: "),
+        (
+            {distributed.COUNT: None},
+            "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID are set, but not JAX_NUM_PROCESSES: ",
+        ),
         (
             {distributed.COUNT: None, distributed.INDEX: ""},
             "JAX_COORDINATOR_ADDRESS is set, but not JAX_NUM_PROCESSES and JAX_PROCESS_ID: ",
         ),
         ({distributed.COUNT: "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a whole number."),
+        ({distributed.COUNT: "0"}, r"JAX_NUM_PROCESSES is 0; it must be at least 1\."),
         ({distributed.INDEX: "-1"}, "JAX_PROCESS_ID is '-1'; it must be a whole number."),
         ({distributed.INDEX: "2"}, "JAX_PROCESS_ID is 2; .* it must be below 2."),
         ({distributed.ADDRESS: "here"}, "JAX_COORDINATOR_ADDRESS is 'here'; it must be host:port"),
@@ -317,9 +416,11 @@ def test_a_job_that_jax_does_not_find(monkeypatch):
     """Open MPI 5 no longer tells what jax looks for."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(ValueError, match=r"OMPI_COMM_WORLD_SIZE says .* set JAX_COORD"):
         distributed.start()
     assert not distributed.in_job()
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def no_cluster(**options):
