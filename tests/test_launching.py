@@ -664,7 +664,8 @@ distributed.start()
 import jax
 from jax.experimental import multihost_utils
 indices = multihost_utils.process_allgather(jax.numpy.int32(jax.process_index())).tolist()
-print("seen", json.dumps([jax.process_index(), jax.process_count(), indices, sys.argv[1:]]))
+seen = json.dumps([jax.process_index(), jax.process_count(), indices, sys.argv[1:]])
+os.write(1, f"\\nseen {seen}\\n".encode())  # at once: the processes share a pipe
 distributed.finish()
 """
 # srun as far as two tasks on this machine go, with the variables that it documents:
