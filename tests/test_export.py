@@ -143,7 +143,7 @@ def test_opening_an_export_does_not_ask_to_run_its_code(exported, mini_run, monk
     assert mtllm_jax.load(folder).labels
 
 
-@pytest.mark.parametrize("name", ["mini_run", "own_run"])
+@pytest.mark.parametrize("name", ["mini_run", pytest.param("own_run", marks=pytest.mark.slow)])
 def test_the_adapter_on_the_original_llm_is_the_students_llm(name, exported, request):
     """PEFT on the LLM that the run started from = the LLM inside the exported stack."""
     peft = pytest.importorskip("peft")
@@ -176,7 +176,10 @@ def test_a_truncated_adapter_is_smaller(exported, mini_run):
 
 @pytest.mark.parametrize(
     ("kind", "auto", "part"),
-    [("llama", "AutoModelForCausalLM", "llm"), ("nllb", "AutoModelForSeq2SeqLM", "encoder")],
+    [
+        pytest.param("llama", "AutoModelForCausalLM", "llm", marks=pytest.mark.slow),
+        ("nllb", "AutoModelForSeq2SeqLM", "encoder"),
+    ],
 )
 def test_the_models_that_the_run_started_from(kind, auto, part, exported, mini_run):
     folder = exported(mini_run, f"--format={kind}")

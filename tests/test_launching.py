@@ -319,7 +319,7 @@ def test_a_tpu_worker_stops_by_sigterm_and_kills_what_does_not_hear_it(checkout,
         "SEEN": str(tmp_path / "seen"),
         "FATE": "stays deaf stays 0",
         "WORKERS": "0",
-        "GRACE": "1",
+        "GRACE": "5",
     }
 
     def worker(*words):

@@ -71,7 +71,8 @@ def refusal(fields: dict[str, Any], name: str = "mini") -> str:
 
 def test_ones_own_models_task_and_text_need_no_embedded_text(own_run):
     assert {path.name for path in own_run.iterdir() if path.is_dir()} == {
-        *("adaptation", "teacher", "distillation", "mt_encoder", "evaluation", "predictions")
+        *("adaptation", "teacher", "distillation", "mt_encoder", "evaluation", "predictions"),
+        "compiled",
     }
     assert (own_run / "report.html").exists()
     results = json.loads((own_run / "results.json").read_text())
@@ -442,6 +443,7 @@ def test_adapters_are_merged_before_the_llm_is_quantised(tmp_path, own):
         np.testing.assert_allclose(linear.kernel_scale[...], step_LIO[:, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stage_1_over_int8(own, tmp_path):
     """From folders to what was trained, on two devices; what is held is counted."""
     settings = config(own | INT8 | {"adaptation.training.steps": 2, "compute_dtype": "bfloat16"})
@@ -553,6 +555,7 @@ def test_the_dry_run_takes_a_part_of_a_large_task():
     assert [row["id"] for row in first_of_each("label", rows, 2)] == ["0", "1", "2", "4"]
 
 
+@pytest.mark.slow
 def test_the_dry_run_shows_rows_and_costs_and_leaves_nothing(tmp_path, own):
     before = sorted(tmp_path.rglob("*"))
     done = reduced.train(*reduced.ARGUMENTS, *reduced.flags(own), "--dry_run", cwd=tmp_path)

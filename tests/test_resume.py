@@ -86,6 +86,7 @@ def test_kill_9_and_again(tmp_path, uninterrupted):
     assert_same_stage(folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_where_it_stands(tmp_path, uninterrupted):
     folder = tmp_path / "stage"
     process = start(STAGE, folder, 0.05, cwd=tmp_path)
