@@ -65,7 +65,7 @@ def classifier(folder: Path):
     [
         ("mini_run", []),
         pytest.param("own_run", [], marks=pytest.mark.slow),
-        ("own_run", ["--adapters=kept"]),
+        pytest.param("own_run", ["--adapters=kept"], marks=pytest.mark.slow),
     ],
     ids=["all trained", "merged", "kept"],
 )
@@ -143,7 +143,8 @@ def test_opening_an_export_does_not_ask_to_run_its_code(exported, mini_run, monk
     assert mtllm_jax.load(folder).labels
 
 
-@pytest.mark.parametrize("name", ["mini_run", pytest.param("own_run", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mini_run", "own_run"])
 def test_the_adapter_on_the_original_llm_is_the_students_llm(name, exported, request):
     """PEFT on the LLM that the run started from = the LLM inside the exported stack."""
     peft = pytest.importorskip("peft")

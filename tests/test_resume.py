@@ -74,6 +74,7 @@ def assert_same_stage(folder, uninterrupted):
     assert weights(folder) == weights(uninterrupted)
 
 
+@pytest.mark.slow
 def test_kill_9_and_again(tmp_path, uninterrupted):
     """After steps that no checkpoint holds: those are done again, to the same numbers."""
     folder = tmp_path / "stage"

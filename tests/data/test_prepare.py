@@ -211,6 +211,7 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_killed_and_begun_again_leaves_the_same_bytes(tmp_path, folder, maker, texts):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     prepare(whole, maker, texts)
