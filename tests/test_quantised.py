@@ -200,6 +200,7 @@ def test_only_adapters_and_bridge_learn_over_int8():
     assert jax.tree.leaves(nnx.filter_state(state.trainable, LoRAParam))
 
 
+@pytest.mark.slow
 def test_a_whole_step_is_that_of_the_weights_that_are_stood_for():
     """Equal to float32's roundings; and near the step of the weights that were quantised.
 

@@ -207,6 +207,7 @@ def test_packed_texts_equal_texts_alone(model):
     assert_close_trees(gradient, jax.tree.map(jnp.add, *apart))
 
 
+@pytest.mark.slow
 @given(
     family=st.sampled_from(FAMILIES),
     heads=st.integers(1, 5),

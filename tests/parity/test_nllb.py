@@ -253,6 +253,7 @@ def test_states_and_logits_at_every_kind_of_padding(pairs, kind):
         assert_no_further(ours_low[i][on], theirs_low[i][on], exact[i][on])
 
 
+@pytest.mark.slow
 def test_scanned_unrolled_and_rematerialised_layers_agree(folder, model):
     text = (random_rows(MASKS, 3), MASKS) * 2
     unrolled = our_outputs(load_nllb(folder, unroll_layers=True), *text)
