@@ -167,6 +167,7 @@ def batch_partition(name: str) -> PartitionSpec:
     return PartitionSpec(*(DIM_TO_AXIS[dim] for dim in dims))
 
 
+@functools.cache  # asked for at each step
 def process_rows(batch_rows: int, mesh: jax.sharding.Mesh) -> np.ndarray:
     """The places in a global batch of the rows that this process's devices hold, in order.
 
