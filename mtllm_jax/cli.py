@@ -77,9 +77,14 @@ def run_main(
     quiet()
     raise_on_signal()
     try:
-        arguments = _parse(sys.argv, usage, schema)
-        main(*arguments)
-        distributed.finish()
+        try:
+            arguments = _parse(sys.argv, usage, schema)
+            main(*arguments)
+            distributed.finish()
+        except Exception as error:
+            if last_stop().raised and not isinstance(error, Interrupted):
+                raise KeyboardInterrupt from error
+            raise
         code = 0
     except (Interrupted, KeyboardInterrupt) as stopped:
         quit_on_signal()

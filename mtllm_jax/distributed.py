@@ -28,7 +28,7 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 
 _GATHER_SECONDS = 300  # for all processes to come; machines of one job do not start at once
 _HEARTBEAT_SECONDS = 30  # without a sign of life a process counts as dead; jax's own default is 100
-_LOOK_SECONDS = 1.0  # between two looks at what another process has decided, or whether it left
+_LOOK_SECONDS = 1.0  # between two looks at signals, others' decisions, and whether one has left
 _LEAVE_SECONDS = 10  # for all processes to leave together
 
 _DECISION, _LEFT = "mtllm/decision", "mtllm/left"
@@ -142,9 +142,13 @@ def _gather(given: Mapping[str, Any] | None) -> None:
         gathering = threading.Thread(target=initialize, daemon=True)
         gathering.start()
         # One second earlier than the service, which aborts with a stack trace.
-        gathering.join(_GATHER_SECONDS - 1)
-        if gathering.is_alive():
-            _nobody_came(given)
+        deadline = time.monotonic() + _GATHER_SECONDS - 1
+        while gathering.is_alive():
+            if time.monotonic() > deadline:
+                _nobody_came(given)
+            # Not the whole time in one wait: the system may hand a signal to any thread, and
+            # Python runs its handler when the main one next wakes.
+            gathering.join(_LOOK_SECONDS)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

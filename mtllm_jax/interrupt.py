@@ -25,6 +25,7 @@ class Stop:
 
     requested: bool = False
     signum: int = signal.SIGINT
+    raised: bool = False  # as a KeyboardInterrupt; a library may have made another error of it
 
     @property
     def exit_code(self) -> int:
@@ -57,7 +58,8 @@ def raise_on_signal() -> None:
     """Make SIGINT and SIGTERM raise KeyboardInterrupt: what holds outside training loops.
 
     Where Python drops exceptions, in destructors and in callbacks of the garbage collector (jax has
-    one), the signal comes again a moment later.
+    one), the signal comes again a moment later. Where a library turns it into an error of its own,
+    as jax's compiler does from inside a lowering, `Stop.raised` still says what it was.
     """
     for signum in _SIGNALS:
         signal.signal(signum, _raise)
@@ -99,7 +101,7 @@ def _request(signum: int, frame: FrameType | None) -> None:
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:
-    _STOP.signum = signum
+    _STOP.signum, _STOP.raised = signum, True
     raise KeyboardInterrupt
 
 

@@ -181,6 +181,12 @@ def main(config):
                     time.sleep(60)
             Slow()
             time.sleep(60)
+        case "swallowed":
+            print("ready", flush=True)
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                raise RuntimeError("a library's own error") from None
         case "loop" | "slow_loop": loop()
 
 if __name__ == "__main__":
@@ -340,7 +346,7 @@ def stop_when_ready(process: subprocess.Popen[str], *signals: int) -> tuple[int,
         process.send_signal(signum)
         time.sleep(0.2)
     try:
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -382,6 +388,12 @@ def test_it_stops_where_python_drops_exceptions(toy):
     process = start(toy, "--config=config.py", "--action=dropped")
     code, _, err = stop_when_ready(process, signal.SIGINT)
     assert code == 130 and err.splitlines()[0] == "stopped." and "ignored" not in err
+
+
+def test_it_stops_where_a_library_makes_another_error_of_it(toy):
+    process = start(toy, "--config=config.py", "--action=swallowed")
+    code, _, err = stop_when_ready(process, signal.SIGTERM)
+    assert code == 0 and err.splitlines()[0] == "stopped." and "Traceback" not in err
 
 
 def test_a_dry_run_has_nothing_to_go_on_with(toy):
