@@ -8,9 +8,10 @@ and rows count from 1.
 import difflib
 import glob
 import itertools
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +21,7 @@ from mtllm_jax.languages import LANGUAGES, check_language
 
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+_MOST_CHOICES = 26  # in columns of their own
 _CHUNK = 1 << 16  # texts that are Python objects at a time, before Arrow packs their bytes together
 
 
@@ -31,13 +33,24 @@ def read_rows(
     labels: Sequence[str] | None = None,
     languages: Collection[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    names: Mapping[str, str | Sequence[str]] | None = None,
+    values: Mapping[str, Mapping[str, str]] | None = None,
+    blank: Collection[str] = (),
+    quoting: bool = True,
 ) -> list[dict[str, Any]]:
     """The rows of one .jsonl, .jsonl.gz, .csv, .tsv or .parquet file, in their order.
 
-    columns: what must be there, by name, as str or int. A whole number is taken for a str, so
-    that a label may be 1 or "1". optional: str columns that may be absent. Other columns are left
-    out. defaults: the value of a required column that the file does not have. labels, languages:
-    what these two columns may hold; by default any label, and any FLORES-200 code.
+    columns: what must be there, by name, as str, int or list. A whole number is taken for a str,
+    so that a label may be 1 or "1". The one list is "choices", two texts or more, as many in each
+    row: a list in JSON and Parquet, the same as a text elsewhere, or columns choice1, choice2, ….
+    optional: columns that may be absent. Other columns are left out. defaults: the value of a
+    required column that the file does not have. labels, languages: what these two columns may
+    hold; by default any label, and any FLORES-200 code.
+
+    For files in a form of their own: names, what a column is called there (of choices: their
+    columns). values: what a column may hold there, and what stands for it in the row. blank: the
+    columns of str that may be empty. quoting: False for a CSV or TSV file in which a quote is a
+    letter like others.
 
     Each row has the same keys. `id` is the file's, or the row's number from 0; it may not occur
     twice in a language (parallel rows share theirs across languages).
@@ -47,28 +60,44 @@ def read_rows(
     an unknown label or language, or a repeated id.
     """
     path = Path(path)
-    defaults = defaults or {}
-    kinds = dict.fromkeys(optional, str) | dict(columns)
+    defaults, names, values = defaults or {}, names or {}, values or {}
+    kinds = {name: list if name == "choices" else str for name in optional} | dict(columns)
     required = [name for name in columns if name not in defaults]
     codes = tuple(LANGUAGES if languages is None else languages)
-    used: list[str] = []
+    used: dict[str, tuple[str, ...]] = {}  # the file's columns, by ours
+    header: Collection[str] = ()
     rows: list[dict[str, Any]] = []
     first_lines: dict[tuple[Any, Any], int] = {}
     formats.check_file(path, ROW_SUFFIXES)
-    for line, cells in formats.records(path, list(kinds)):
+    wanted = [theirs for name in kinds for theirs in _candidates(name, names)]
+    for line, cells in formats.records(path, wanted, quoting=quoting):
         where = formats.at(path, line)
-        _check_columns(cells, required, where if rows else formats.header_at(path))
-        if not rows:
-            used = [name for name in kinds if name in cells]
-        for name in kinds:
-            if (name in cells) != (name in used):
-                there, not_there = (line, 1) if name in cells else (1, line)
-                raise ValueError(
-                    f"{path}: line {there} has the field {name!r} and line {not_there} has not."
-                )
-        row = {name: _value(cells[name], kinds[name], name, where) for name in used}
-        if labels is not None and "label" in row and row["label"] not in labels:
-            raise ValueError(f"{where}: {_unknown_label(row['label'], labels)}.")
+        if not rows or cells.keys() != header:
+            header_at = where if rows else formats.header_at(path)
+            found = {name: _columns_of(name, names, cells, header_at) for name in kinds}
+            for name in required:
+                if not found[name]:
+                    _check_columns(cells, [*_candidates(name, names)][:1], header_at)
+            found = {name: theirs for name, theirs in found.items() if theirs}
+            if rows and found != used:
+                _raise_at_other_columns(path, line, found, used)
+            header, used = cells.keys(), found
+        row: dict[str, Any] = {}
+        for name, theirs in used.items():
+            if kinds[name] is list:
+                row[name] = _texts([cells[column] for column in theirs], theirs, where)
+                continue
+            cell = _value(cells[theirs[0]], kinds[name], theirs[0], where, name in blank)
+            row[name] = (
+                _stands_for(cell, values[name], theirs[0], where) if name in values else cell
+            )
+        if rows and "choices" in row and len(row["choices"]) != len(rows[0]["choices"]):
+            raise ValueError(
+                f"{where}: there are {len(row['choices'])} choices, and {len(rows[0]['choices'])}"
+                " in the first row; it must be as many in each."
+            )
+        if labels is not None and "label" in row:
+            _stands_for(row["label"], dict.fromkeys(labels, ""), "label", where)
         if "language" in row:
             _check_language(row["language"], codes, where)
         if "id" in row:
@@ -195,14 +224,79 @@ def _check_language(code: str, allowed: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: {str(error).rstrip('.')}.") from None
 
 
-def _value(value: object, kind: type, name: str, where: str) -> Any:
+def _candidates(name: str, names: Mapping[str, str | Sequence[str]]) -> Sequence[str]:
+    """The columns that `name` may be read from."""
+    theirs = names.get(name, name)
+    if name == "choices" and name not in names:
+        return [name, *(f"choice{i}" for i in range(1, _MOST_CHOICES + 1))]
+    return [theirs] if isinstance(theirs, str) else theirs
+
+
+def _columns_of(
+    name: str, names: Mapping[str, str | Sequence[str]], cells: Collection[str], where: str
+) -> tuple[str, ...]:
+    """Those of them that there are; of choices in columns, all or none."""
+    candidates = _candidates(name, names)
+    if name != "choices" or name in names:
+        found = tuple(column for column in candidates if column in cells)
+        return found if len(found) == len(candidates) else ()
+    if name in cells:
+        return (name,)
+    found = tuple(column for column in candidates if column in cells)
+    if found != tuple(candidates[1 : len(found) + 1]):
+        raise ValueError(
+            f"{where}: there are the columns {', '.join(map(repr, found))}; choices must be"
+            " numbered from 1 on."
+        )
+    return found
+
+
+def _raise_at_other_columns(
+    path: Path, line: int, found: Mapping[str, object], used: Mapping[str, object]
+) -> NoReturn:
+    name = next(name for name in [*found, *used] if found.get(name) != used.get(name))
+    there, not_there = (line, 1) if name in found else (1, line)
+    raise ValueError(f"{path}: line {there} has the field {name!r} and line {not_there} has not.")
+
+
+def _texts(cells: Sequence[object], columns: Sequence[str], where: str) -> list[str]:
+    """Choices, one a cell, or all in one cell."""
+    if len(columns) > 1:
+        return [_value(c, str, name, where) for c, name in zip(cells, columns, strict=True)]
+    (given,) = cells
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            pass  # said below
+    if not isinstance(given, list) or len(given) < 2:
+        raise ValueError(
+            f"{where}: the {columns[0]} are {formats.show(cells[0])}, they must be a list of two"
+            " texts or more."
+        )
+    return [_value(cell, str, f"choice {i}", where) for i, cell in enumerate(given, 1)]
+
+
+def _stands_for(value: str, known: Mapping[str, str], name: str, where: str) -> str:
+    if value not in known:
+        there = ", ".join(map(repr, known))
+        raise ValueError(
+            f"{where}: the {name} is {formats.show(value)}, it must be one of"
+            f" {there}{_nearest(value, known)}."
+        )
+    return known[value]
+
+
+def _value(value: object, kind: type, name: str, where: str, may_be_blank: bool = False) -> Any:
+    if may_be_blank and value is None:
+        return ""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise ValueError(
             f"{where}: the {name} is {formats.show(value)}, it must be a string or a whole number."
         )
-    if not value.strip():
+    if not value.strip() and not may_be_blank:
         raise ValueError(f"{where}: the {name} is empty.")
     try:
         value.encode()
@@ -218,11 +312,6 @@ def _value(value: object, kind: type, name: str, where: str) -> Any:
                 f"{where}: the {name} is {formats.show(value)}, it must be a whole number."
             ) from None
     return value
-
-
-def _unknown_label(label: str, known: Sequence[str]) -> str:
-    there = ", ".join(repr(name) for name in known)
-    return f"the label is {formats.show(label)}, it must be one of {there}{_nearest(label, known)}"
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:

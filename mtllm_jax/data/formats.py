@@ -20,14 +20,19 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 Cells = dict[str, Any]
 
 
-def records(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+def records(
+    path: Path, columns: Sequence[str], *, quoting: bool = True
+) -> Iterator[tuple[int, Cells]]:
     """Lines (from 1) and cells by column name.
 
-    Parquet reads `columns` alone: cells of its other columns are None.
+    Parquet reads `columns` alone: cells of its other columns are None. quoting: False for CSV and
+    TSV files in which a quote is a letter like others.
     """
     suffix = suffix_of(path)
     if suffix in _DELIMITERS:
-        return _csv_records(path, _DELIMITERS[suffix])
+        return _csv_records(
+            path, _DELIMITERS[suffix], csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+        )
     if suffix == ".parquet":
         names, table = read_parquet(path, columns)
         unread = dict.fromkeys(names)
@@ -35,10 +40,10 @@ def records(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
     return json_records(path)
 
 
-def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, Cells]]:
+def _csv_records(path: Path, delimiter: str, quoting: Any) -> Iterator[tuple[int, Cells]]:
     texts = (text for _, text in lines(path))
     # strict: a quote left open is an error at its row, not a cell that swallows what follows.
-    reader = csv.reader(texts, delimiter=delimiter, strict=True)
+    reader = csv.reader(texts, delimiter=delimiter, quoting=quoting, strict=True)
     header: list[str] = []
     while True:
         line = reader.line_num + 1
