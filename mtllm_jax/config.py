@@ -281,6 +281,11 @@ class MTLLM:
     # Folder of the NLLB model that translate-test translates with; "" = the encoder, where it can.
     translator: str = ""
     llm_adapters: tuple[str, ...] = ()  # PEFT folders, merged into the LLM in turn as it is read
+    # Of the task, instead of `seed`: stages 2a and 2b and the encoder baseline are trained with
+    # each, from one stage 1; () = `seed` alone.
+    seeds: tuple[int, ...] = ()
+    # A run's folder: its models and its stage 1 are what the task begins with; "" = one of its own.
+    stage1: str = ""
     legacy_source_order: bool = False  # NLLB's sources as transformers had them before April 2023
 
     def __post_init__(self) -> None:
@@ -308,6 +313,8 @@ class MTLLM:
             dataclasses.asdict(self.task),
             "both files or neither",
         )
+        distinct = len(set(self.seeds)) == len(self.seeds)
+        require(distinct, "seeds", self.seeds, "a list without repetitions")
         if self.text is not None:
             for name, size in dataclasses.asdict(self.text).items():
                 require(size >= 1, f"text.{name}", size, "at least 1")
@@ -339,19 +346,26 @@ class MTLLM:
         require(lora.rank >= 1, "lora.rank", lora.rank, "at least 1")
         require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "from 0 to below 1")
 
+    @property
+    def task_seeds(self) -> tuple[int, ...]:
+        """The seeds that the task is trained with; results are means over them."""
+        return self.seeds or (self.seed,)
+
     def uses_embedded_text(self) -> bool:
         """Whether anything is trained or evaluated on the text that comes with this package."""
-        return not (self.encoder and self.llm and self.adaptation_text and self.task.train)
+        own = self.stage1 or (self.encoder and self.llm and self.adaptation_text)
+        return not (own and self.task.train)
 
     def stages(self) -> dict[str, Training]:
         """The settings of the stages that are trained, by dotted name and in their order."""
         found: dict[str, Training] = {}
-        if self.mini_nllb is not None and not self.encoder:
-            found["mini_nllb.training"] = self.mini_nllb.training
-        if self.mini_llama is not None and not self.llm:
-            found["mini_llama.training"] = self.mini_llama.training
+        if not self.stage1:
+            if self.mini_nllb is not None and not self.encoder:
+                found["mini_nllb.training"] = self.mini_nllb.training
+            if self.mini_llama is not None and not self.llm:
+                found["mini_llama.training"] = self.mini_llama.training
+            found["adaptation.training"] = self.adaptation.training
         return found | {
-            "adaptation.training": self.adaptation.training,
             "teacher": self.teacher,
             "distillation.training": self.distillation.training,
             "mt_encoder": self.mt_encoder,

@@ -1,21 +1,38 @@
 """Systems on held-out rows of every language, and what each costs."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtllm_jax.metrics import Console
+import pandas as pd
+
+from mtllm_jax import distributed, scores
+from mtllm_jax.metrics import Console, Progress
 from mtllm_jax.runfolder import RunFolder
-from mtllm_jax.tasks.classification import Classification, Row, accuracy_by_language, majority
+from mtllm_jax.tasks.classification import Classification, Row
 
 Predict = Callable[[Sequence[Row]], list[str]]
 
 _TIMED_ROWS = 2048  # sequences per second are measured on about this many, after a first pass
+_KEPT = ("id", "language", "text", "label")  # of a row, beside the prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One of the systems that are compared, as a function from rows to labels.
+
+    cold: the same without what it has kept from earlier calls (translations); what is timed.
+    """
+
+    predict: Predict
+    cold: Predict
 
 
 def evaluate(
     task: Classification,
-    systems: Mapping[str, Predict],
+    systems_of: Callable[[int], Mapping[str, System]],
+    seeds: Sequence[int],
     *,
     english: str,
     run: RunFolder,
@@ -23,47 +40,77 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of every system on every test, and sequences/s; predictions go to the run folder.
 
-    Test labels are read here and nowhere else. Returns the part of results.json that is about
-    systems: "metric", "majority", "systems", "cost", and with a second test "majority_unseen" and
-    "systems_unseen".
+    systems_of: the systems trained with a seed, by name; asked for one seed at a time. The answers
+    of the first seed are in predictions/NAME.jsonl, those of others in predictions/seed-N/. Answers
+    that an earlier start has left are taken from there. Test labels are read here and nowhere else.
+
+    Returns the part of results.json that is about systems: "metric", "majority", "systems", "cost"
+    (of the first seed's systems), and with a second test "majority_unseen" and "systems_unseen".
     """
-    results: dict[str, Any] = {"metric": "accuracy"}
+    answers: dict[str, list[pd.DataFrame]] = {}
     cost: dict[str, dict[str, float]] = {}
-    total = len(systems) * sum(len(rows) for rows in task.tests.values())
-    progress = console.progress(total, "evaluation", unit="rows")
-    done = 0
-    suffixes = dict(zip(task.tests, ("", "_unseen"), strict=False))
-    for test, suffix in suffixes.items():
-        results[f"majority{suffix}"] = majority(task.tests[test])
-        results[f"systems{suffix}"] = {}
-    for name, predict in systems.items():
-        written = []
-        for test, suffix in suffixes.items():
-            rows = task.tests[test]
-            predictions = predict(rows)
-            done += len(rows)
-            progress.update(done)
-            results[f"systems{suffix}"][name] = accuracy_by_language(rows, predictions, english)
-            written += [
-                {
-                    "id": row["id"],
-                    "language": row["language"],
-                    "text": row["text"],
-                    "label": row["label"],
-                    "prediction": prediction,
-                    "test": test,
-                }
-                for row, prediction in zip(rows, predictions, strict=True)
-            ]
-        run.write_jsonl(f"predictions/{name}.jsonl", written)
-        timed = _timed_rows(task, english)
-        predict(timed)
-        started = time.perf_counter()
-        predict(timed)
-        seconds = time.perf_counter() - started
-        cost[name] = {"sequences_per_second": round(len(timed) / seconds, 1)}
-    progress.close()
+    for seed in seeds:
+        systems = systems_of(seed)
+        rows = sum(len(rows) for rows in task.tests.values())
+        which = f", seed {seed}" if len(seeds) > 1 else ""
+        progress = console.progress(len(systems) * rows, f"evaluation{which}", unit="rows")
+        for number, (name, system) in enumerate(systems.items()):
+            place = name if seed == seeds[0] else f"seed-{seed}/{name}"
+            answers.setdefault(name, []).append(
+                _answers(task, system.predict, place, run, progress, number * rows)
+            )
+            if seed == seeds[0]:
+                cost[name] = _cost(task, system.cold, name, english, run)
+        progress.close()
+    results: dict[str, Any] = {"metric": "accuracy"}
+    for test, suffix in zip(task.tests, ("", "_unseen"), strict=False):
+        labels = pd.Series([row["label"] for row in task.tests[test]])
+        results[f"majority{suffix}"] = scores.majority(labels)
+        results[f"systems{suffix}"] = {
+            name: scores.entry([one[one["test"] == test] for one in by_seed], english)
+            for name, by_seed in answers.items()
+        }
     return results | {"cost": cost}
+
+
+def _answers(
+    task: Classification,
+    predict: Predict,
+    place: str,
+    run: RunFolder,
+    progress: Progress,
+    done: int,
+) -> pd.DataFrame:
+    """Every test row with a system's prediction: of an earlier start, or made and written now."""
+    path = f"predictions/{place}.jsonl"
+    if distributed.by_first((run.path / path).exists):
+        return pd.DataFrame(run.read_jsonl(path))
+    written: list[dict[str, str]] = []
+    for test, rows in task.tests.items():
+        predictions = predict(rows)
+        written += [
+            {name: row[name] for name in _KEPT} | {"prediction": prediction, "test": test}
+            for row, prediction in zip(rows, predictions, strict=True)
+        ]
+        progress.update(done + len(written))
+    run.write_jsonl(path, written)
+    return pd.DataFrame(written)
+
+
+def _cost(
+    task: Classification, predict: Predict, name: str, english: str, run: RunFolder
+) -> dict[str, float]:
+    path = f"evaluation/{name}.json"
+    if distributed.by_first((run.path / path).exists):
+        return dict(run.read_json(path))
+    timed = _timed_rows(task, english)
+    predict(timed)
+    started = time.perf_counter()
+    predict(timed)
+    seconds = time.perf_counter() - started
+    cost = distributed.by_first(lambda: {"sequences_per_second": round(len(timed) / seconds, 1)})
+    run.write_json(path, cost)
+    return cost
 
 
 def _timed_rows(task: Classification, english: str) -> list[Row]:

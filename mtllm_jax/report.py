@@ -220,6 +220,9 @@ class _Page:
                 continue
             letter = f"{TEST_NAMES[test]}" if len(self.tests) > 1 else "mean over languages"
             note = f"{system_name(self.subject)}, mean of {len(mine['languages'])} languages"
+            if mine.get("interval") is not None:
+                low, high = mine["interval"]
+                note += f"; 95 % of resamples: {self.shown(low)} to {self.shown(high)}"
             if mine.get("std") is not None:
                 note += f"; ± {self.shown(mine['std'])} over {len(self.results['seeds'])} seeds"
             cards.append({"title": letter, "figure": self.unit(mine["mean"]), "note": note})
@@ -286,6 +289,7 @@ class _Page:
                 "shown": self.shown(values[code]),
                 "place": self.place(values[code] or 0.0),
                 "colour": self.colours[subject],
+                "interval": self.interval(entries[subject], code),
                 "marks": [
                     self.system(name) | {"place": self.place(value), "shown": self.shown(value)}
                     for name, entry in entries.items()
@@ -294,6 +298,18 @@ class _Page:
             }
             for code in order
         ]
+
+    def interval(self, entry: Entry, code: str) -> dict[str, str] | None:
+        """Where the 95 % interval of a language begins and how long it is; None without one."""
+        if code not in entry.get("intervals", {}):
+            return None
+        low, high = entry["intervals"][code]
+        width = f"{float(self.place(high)) - float(self.place(low)):.2f}"
+        return {
+            "left": self.place(low),
+            "width": width,
+            "shown": f"{self.shown(low)} to {self.shown(high)}",
+        }
 
     def summary(self, entries: Mapping[str, Entry], systems: Sequence[str]) -> list[dict[str, Any]]:
         """English, the mean, Latin script against the others, then scripts of several languages."""

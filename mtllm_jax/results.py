@@ -21,7 +21,9 @@ SYSTEM_NAMES = {
 }
 TEST_NAMES = {"systems": "A: seen names, new pairs", "systems_unseen": "B: unseen names"}
 
-Entry = Mapping[str, Any]  # a system of results.json: {"english", "mean", "languages", maybe "std"}
+# A system of results.json: {"english", "mean", "languages"}, and as `scores.entry` makes it
+# "interval", "intervals", "macro_f1" and with several seeds "std".
+Entry = Mapping[str, Any]
 
 
 def system_name(system: str) -> str:
@@ -65,6 +67,12 @@ def mean_over(entry: Entry, codes: Iterable[str]) -> float | None:
     """Mean of a system's values over those of `codes` it has one for; None where it has none."""
     present = [value for code in codes if (value := entry["languages"].get(code)) is not None]
     return sum(present) / len(present) if present else None
+
+
+def half_interval(entry: Entry) -> float | None:
+    """Half the width of the 95 % interval of a system's mean; None where there is none."""
+    interval = entry.get("interval")
+    return None if interval is None else (interval[1] - interval[0]) / 2
 
 
 def percent_factor(results: Mapping[str, Any]) -> int:
@@ -163,8 +171,13 @@ def _table(results: Mapping[str, Any], systems: Sequence[str]) -> Table:
 
     row("English", lambda entry: entry["english"])
     row(f"mean of {len(languages)} languages", lambda entry: entry["mean"])
-    if any("std" in entry for entries in tests.values() for entry in entries.values()):
+    entries = [entry for systems_there in tests.values() for entry in systems_there.values()]
+    if any(entry.get("interval") for entry in entries):
+        row("± 95 %, over rows", half_interval, compare=False)
+    if any("std" in entry for entry in entries):
         row("± over seeds", lambda entry: entry.get("std"), compare=False)
+    if any("macro_f1" in entry for entry in entries):
+        row("macro-F1, mean", lambda entry: entry.get("macro_f1", {}).get("mean"), compare=False)
     groups = [[code for code in languages if is_latin(code) == latin] for latin in (True, False)]
     if all(groups):
         row("mean, Latin script", lambda entry: mean_over(entry, groups[0]))

@@ -78,6 +78,10 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         write_json(self.path / name, value)
 
+    def read_jsonl(self, name: str) -> list[Any]:
+        # Not `splitlines`: it also ends lines at characters that JSON strings may hold.
+        return [json.loads(line) for line in (self.path / name).read_text().split("\n") if line]
+
     def write_jsonl(self, name: str, rows: Iterable[Any]) -> None:
         write_jsonl(self.path / name, rows)
 

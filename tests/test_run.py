@@ -102,7 +102,8 @@ def test_results_are_of_their_form(mini_run):
     for key in TESTS:
         assert set(results[key]) == SYSTEMS
         for entry in results[key].values():
-            assert set(entry) == {"english", "mean", "languages"}
+            assert {"english", "mean", "languages", "interval", "macro_f1"} <= set(entry)
+            assert set(entry["intervals"]) == CODES | {"eng_Latn"} and "std" not in entry
             assert set(entry["languages"]) == CODES
             values = [entry["english"], entry["mean"], *entry["languages"].values()]
             assert all(isinstance(value, float) and 0 <= value <= 1 for value in values)

@@ -58,9 +58,11 @@ def dry_run(inputs: Inputs, console: Console) -> None:
         made = train(job, inputs)
         with job.stage("evaluation", "evaluation of a few rows"):
             rows = first_of_each("language", _test_rows(made), _ANSWERED_PER_LANGUAGE)
-            answers = {name: predict(rows) for name, predict in build_systems(job, made).items()}
+            systems = build_systems(job, made)(small.task_seeds[0])
+            answers = {name: system.predict(rows) for name, system in systems.items()}
         job.run.close()
-    _show_stage_1(small, made, console)
+    if made.english is not None:
+        _show_stage_1(small, made.parts, made.english, console)
     _show_task(config, made, answers, rows, console)
     _show_vocabularies(config, made, console)
     _show_cost(job, console)
@@ -80,7 +82,7 @@ def _passing_folder() -> Iterator[str]:
 
 
 def reduced(config: MTLLM) -> MTLLM:
-    """The same models, batches and lengths, one step each, and less of the embedded text."""
+    """The same models, batches and lengths, one step and seed, and less of the embedded text."""
 
     def one_step(group: Group) -> Group:
         """`group` with steps=1 in it and below."""
@@ -101,7 +103,7 @@ def reduced(config: MTLLM) -> MTLLM:
             for name, size in dataclasses.asdict(config.text).items()
         }
     )
-    return dataclasses.replace(one_step(config), text=text)
+    return dataclasses.replace(one_step(config), text=text, seeds=config.task_seeds[:1])
 
 
 def _test_rows(made: Made) -> list[Row]:
@@ -119,12 +121,14 @@ def first_of_each(field: str, rows: Iterable[Row], count: int) -> list[Row]:
     return chosen
 
 
-def _show_stage_1(config: MTLLM, made: Made, console: Console) -> None:
+def _show_stage_1(
+    config: MTLLM, parts: stacking.Parts, english: Sequence[str] | Prepared, console: Console
+) -> None:
     """One packed row of English text, on both sides, and its first texts as pieces."""
-    texts = made.english if isinstance(made.english, Prepared) else made.english[:200]
-    rows = stacking.adaptation_rows(config, made.parts, texts, config.seed)
+    texts = english if isinstance(english, Prepared) else english[:200]
+    rows = stacking.adaptation_rows(config, parts, texts, config.seed)
     console.print("\nStage 1, the first row of English text", style="bold")
-    for side, tokenizer in (("source", made.parts.source), ("target", made.parts.target)):
+    for side, tokenizer in (("source", parts.source), ("target", parts.target)):
         ids, segments = rows[0][f"{side}_ids"], rows[0][f"{side}_segments"]
         reader = "MT encoder" if side == "source" else "LLM"
         console.print(

@@ -8,13 +8,17 @@ from typing import Any
 import jax
 from etils import epath
 
-from mtllm_jax.config import MTLLM
+from mtllm_jax.config import MTLLM, naming, require
 from mtllm_jax.hf.files import is_remote
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.inputs import adapter_key, locate_models, revisions_of
-from mtllm_jax.runfolder import read_json
-from mtllm_jax.schema import resolve
+from mtllm_jax.runfolder import differing_fields, read_json
+from mtllm_jax.schema import resolve, to_dict
+
+_CALLED = {"adaptation": "stage 1", "distillation": "training"}
+# What a stage 1 was trained with, and the task goes on with.
+_BOUND = ("english", "bidirectional", "trained", "lora", "frozen_dtype", "legacy_source_order")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +56,9 @@ class FinishedRun:
         return stacking.load_trained(self.path, self.config, parts, len(self.labels))
 
 
-def open_run(folder: str | os.PathLike[str]) -> FinishedRun:
-    """Open a run by its --workdir. ValueError for what is not the folder of a finished one."""
+def open_run(folder: str | os.PathLike[str], stage: str = "distillation") -> FinishedRun:
+    """Open a run by its --workdir. ValueError for what is not the folder of one, or of one that has
+    not finished a stage of its training."""
     path = epath.Path(folder)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; it must be the folder of a finished run.")
@@ -62,9 +67,9 @@ def open_run(folder: str | os.PathLike[str]) -> FinishedRun:
     values = read_json(path / "config.json")
     if not isinstance(values, dict) or values.get("recipe") != "mtllm":
         raise ValueError(f"{path / 'config.json'} is not the config of a run of MT-LLM.")
-    if not (path / "distillation" / "done.json").exists():
+    if not (path / stage / "done.json").exists():
         raise ValueError(
-            f"{path} is a run that has not finished its training; go on with it by python"
+            f"{path} is a run that has not finished its {_CALLED[stage]}; go on with it by python"
             f" launch/train.py --config={path / 'config.json'} --workdir={path}."
         )
     given = resolve(MTLLM, values)
@@ -92,3 +97,38 @@ def open_run(folder: str | os.PathLike[str]) -> FinishedRun:
         task=about["task"],
         labels=tuple(about["labels"]),
     )
+
+
+def begun(config: MTLLM) -> MTLLM:
+    """The config with the models of the run that config.stage1 names; as it is if it names none.
+
+    ValueError for what is no such run, and for settings that differ from those of its stage 1.
+    """
+    if not config.stage1:
+        return config
+    with naming("stage1"):
+        run = open_run(config.stage1, "adaptation")
+        if run.given.stage1:
+            raise ValueError(
+                f"{config.stage1} has begun with the stage 1 of {run.given.stage1}; name that one"
+            )
+        if different := differing_fields(_bound(run.given), _bound(config)):
+            raise ValueError(
+                f"the stage 1 of {config.stage1} was trained with other settings"
+                f" ({', '.join(different)}); they must be the same"
+            )
+    for field in ("encoder", "llm", "llm_adapters", "adaptation_text"):
+        value = getattr(config, field)
+        require(not value, field, value, "empty: config.stage1 brings its own")
+    return dataclasses.replace(
+        config,
+        encoder=run.config.encoder,
+        llm=run.config.llm,
+        llm_adapters=run.config.llm_adapters,
+    )
+
+
+def _bound(config: MTLLM) -> dict[str, Any]:
+    """The fields that a stage 1 and what follows it have in common."""
+    fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, start=""))
+    return {name: value for name, value in to_dict(fresh).items() if name in _BOUND}

@@ -200,10 +200,9 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
         for side in ("source", "target")
         if side not in sides
     }
-    if config.encoder:
-        reasons["mini_nllb"] = "config.encoder names the model"
-    if config.llm:
-        reasons["mini_llama"] = "config.llm names the model"
+    for field, own in (("encoder", "mini_nllb"), ("llm", "mini_llama")):
+        if name := next((name for name in (field, "stage1") if getattr(config, name)), None):
+            reasons[own] = f"config.{name} names the model"
     if not config.uses_embedded_text():
         reasons |= dict.fromkeys(("text", "text_seed"), "models, texts and task are your own")
     if config.task.train:
@@ -212,6 +211,8 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
             reasons["languages"] = "the languages evaluated are those of config.task.test"
     else:
         reasons["task.name"] = "config.task.train is not given"
+    if config.stage1:
+        reasons |= dict.fromkeys(("adaptation", "lora.start"), "config.stage1 brings its stage 1")
     if config.trained == "all":
         reasons |= dict.fromkeys(("lora.targets", "lora.start"), "config.trained is 'all'")
     found: dict[str, list[str]] = {}
@@ -225,10 +226,11 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
 
 def _check_sources(config: MTLLM) -> None:
     """Everything is either named by the user or made here; some settings make nothing here."""
+    adaptation = config.adaptation_text or config.stage1
     for field, given, own, what in (
         ("encoder", config.encoder, config.mini_nllb, "the Hugging Face folder of an encoder"),
         ("llm", config.llm, config.mini_llama, "the Hugging Face folder of an LLM"),
-        ("adaptation_text", config.adaptation_text, config.text, "a file of English texts"),
+        ("adaptation_text", adaptation, config.text, "a file of English texts"),
         ("task.train", config.task.train, config.text, "a file of labelled English texts"),
     ):
         if not given and own is None:

@@ -22,7 +22,10 @@ _STARTS = "starts.json"  # what the starts of a stage so far have cost, its last
 
 @dataclasses.dataclass
 class Job(Generic[Config]):
-    """One run. `stages` fills up with what each stage's done.json says: "seconds" and more."""
+    """One run. `stages` fills up with what each stage's done.json says: "seconds" and more.
+
+    place: of its stages' folders in the run folder; "" or a folder's name and "/".
+    """
 
     config: Config
     run: RunFolder
@@ -30,6 +33,7 @@ class Job(Generic[Config]):
     mesh: jax.sharding.Mesh
     seed: int
     watch: Watch = UNWATCHED
+    place: str = ""
     stages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -46,6 +50,10 @@ class Job(Generic[Config]):
         """A seed of its own for each stage and seed of the run, the same on every machine."""
         return stage_seed(self.seed, name)
 
+    def of_seed(self, seed: int) -> "Job[Config]":
+        """The same run, going on with another seed in folders of its own."""
+        return dataclasses.replace(self, seed=seed, place=f"seed-{seed}/")
+
     @contextlib.contextmanager
     def stage(self, name: str, title: str) -> Iterator[StageFolder]:
         """The folder of a stage, timed, and marked as done when its block ends.
@@ -53,6 +61,8 @@ class Job(Generic[Config]):
         A stage done by an earlier start is announced in one line; its block still runs, and finds
         its results there. Its seconds are those of all starts that it was not killed in.
         """
+        name = f"{self.place}{name}"
+        title = f"{title}, seed {self.seed}" if self.place else title
         folder = self.run.stage(name)
         if folder.is_done():
             self.stages[name] = folder.info()

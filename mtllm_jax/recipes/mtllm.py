@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM
 from mtllm_jax.evaluation import evaluate
 from mtllm_jax.metrics import Console, read_metrics
+from mtllm_jax.recipes import inputs as given
 from mtllm_jax.recipes.dry_run import dry_run
-from mtllm_jax.recipes.inputs import REVISIONS, Inputs, idle_fields, read_inputs, revisions_of
+from mtllm_jax.recipes.finished import begun
+from mtllm_jax.recipes.inputs import REVISIONS, Inputs, idle_fields, revisions_of
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.recipes.systems import build_systems, train
 from mtllm_jax.report import write_report
@@ -45,6 +48,11 @@ def check_workdir(config: MTLLM, path: os.PathLike[str] | str) -> None:
         )
 
 
+def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
+    """Open all that the config names, as `inputs.read_inputs` does, and the run it begins with."""
+    return given.read_inputs(begun(config), revisions)
+
+
 def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watch: Watch) -> None:
     """Every stage, the evaluation, results.json and report.html; finished stages are skipped.
 
@@ -56,9 +64,14 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
     made = train(job, inputs)
     with job.stage("evaluation", "evaluation"):
         scores = evaluate(
-            made.task, build_systems(job, made), english=config.english, run=folder, console=console
+            made.task,
+            build_systems(job, made),
+            config.task_seeds,
+            english=config.english,
+            run=folder,
+            console=console,
         )
-    results = {"task": made.task.name, "seeds": [config.seed]} | scores
+    results = {"task": made.task.name, "seeds": list(config.task_seeds)} | scores
     results |= {"seconds": job.seconds, "peak_memory_gb": job.peak_memory_gb}
     folder.write_json("results.json", results)
     if not distributed.is_first():

@@ -243,6 +243,15 @@ def general_adaptation(
         )
 
 
+def load_adapted(config: MTLLM, parts: Parts) -> nnx.State:
+    """What was trained by the stage 1 of the run that config.stage1 names.
+
+    ValueError for weights that are missing or damaged.
+    """
+    _, fresh, _ = split(build_stack(config, parts, seed=0), is_trained(config))
+    return load_params(epath.Path(config.stage1) / "adaptation" / "params", fresh)
+
+
 # ---------------------------------------------------------------- stage 2a: the task's teacher
 
 

@@ -1,0 +1,156 @@
+"""What answers are worth: accuracy and macro-F1 by language, their intervals, two systems compared.
+
+Answers are a table of a row each: id, language, label, prediction; with several seeds a table for
+each. Rows of one id in several languages count as one item said in each of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from sklearn.metrics import confusion_matrix, f1_score
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+def entry(answers: Sequence[pd.DataFrame], english: str) -> dict[str, Any]:
+    """A system's entry in results.json, from its answers under each seed to the same rows.
+
+    {"english": accuracy, "mean": over the other languages, "languages": {code: accuracy},
+    "interval": of the mean, "intervals": {code: interval}, English too, "macro_f1": {"english",
+    "mean", "languages"}}; each a mean over seeds. "mean" weighs languages alike, whatever their
+    number of rows. An interval is [low, high], 95 % by the percentile bootstrap over items, seeds
+    taken as they are. With several seeds also "std": the sample deviation of their means. None for
+    what has no rows.
+    """
+    hits = _hits(answers)
+    right = hits.groupby("language", sort=False)["right"].mean().to_dict()
+    f1 = _mean_over([_macro_f1(one) for one in answers])
+    in_english, f1_in_english = right.pop(english, None), f1.pop(english, None)
+    found = {
+        "english": in_english,
+        "mean": _mean(right),
+        "languages": right,
+        "interval": _interval_of_mean(hits[hits["language"] != english]),
+        "intervals": {
+            code: _interval(rows["right"].to_numpy())
+            for code, rows in hits.groupby("language", sort=False)
+        },
+        "macro_f1": {"english": f1_in_english, "mean": _mean(f1), "languages": f1},
+    }
+    if len(answers) > 1 and right:
+        means = [entry_mean(one, english) for one in answers]
+        found["std"] = float(np.std(means, ddof=1))
+    return found
+
+
+def entry_mean(answers: pd.DataFrame, english: str) -> float:
+    """Accuracy, mean over the languages but English."""
+    foreign = answers[answers["language"] != english]
+    hits = foreign["label"] == foreign["prediction"]
+    return float(hits.groupby(foreign["language"]).mean().mean())
+
+
+def confusion(answers: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
+    """Rows by label and prediction. int64 [C, C]."""
+    return confusion_matrix(answers["label"], answers["prediction"], labels=list(labels))
+
+
+def compare(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
+    """Two systems on the rows that both have answered, as a paired test.
+
+    {"rows", "difference" of accuracies, ours less theirs, "interval" of it, "only_ours" and
+    "only_theirs": rows that one of them alone has right, "p": the exact two-sided McNemar test
+    (doi:10.1007/BF02295996) on these}. ValueError if no row is common, or if labels differ.
+    """
+    both = ours.merge(theirs, on=["id", "language"], suffixes=("", "_theirs"))
+    if both.empty:
+        raise ValueError("the two have no row in common, by id and language")
+    if (different := both["label"] != both["label_theirs"]).any():
+        row = both[different].iloc[0]
+        raise ValueError(
+            f"row {row['id']!r} in {row['language']} has the label {row['label']!r} in one and"
+            f" {row['label_theirs']!r} in the other"
+        )
+    right = (both["label"] == both["prediction"]).to_numpy(int)
+    right_theirs = (both["label"] == both["prediction_theirs"]).to_numpy(int)
+    gained, lost = int(np.sum(right > right_theirs)), int(np.sum(right < right_theirs))
+    # Of rows that both have right or wrong nothing is learnt; none of the others is no difference.
+    p = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    change = pd.DataFrame({"id": both["id"], "right": right - right_theirs})
+    return {
+        "rows": len(both),
+        "difference": float(change["right"].mean()),
+        "interval": _interval(change.groupby("id")["right"].sum().to_numpy(), len(both)),
+        "only_ours": gained,
+        "only_theirs": lost,
+        "p": float(p),
+    }
+
+
+def majority(labels: pd.Series) -> float:
+    """Accuracy of always answering the most frequent label of the rows' own set.
+
+    A baseline that knows the test set's proportions, and so the strictest of its kind.
+    """
+    return float(labels.value_counts(normalize=True).iloc[0])
+
+
+def _hits(answers: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """id, language, and the share of seeds whose answer is right, row by row."""
+    shares = np.mean([one["label"].eq(one["prediction"]).to_numpy(float) for one in answers], 0)
+    return answers[0][["id", "language"]].assign(right=shares)
+
+
+def _macro_f1(answers: pd.DataFrame) -> dict[str, float]:
+    """Mean F1 over the labels that occur among a language's rows, by language."""
+    return {
+        str(code): float(
+            f1_score(
+                rows["label"],
+                rows["prediction"],
+                labels=sorted(rows["label"].unique()),
+                average="macro",
+                zero_division=0.0,
+            )
+        )
+        for code, rows in answers.groupby("language", sort=False)
+    }
+
+
+def _mean_over(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {code: float(np.mean([one[code] for one in found])) for code in found[0]}
+
+
+def _mean(values: dict[str, float]) -> float | None:
+    return float(np.mean(list(values.values()))) if values else None
+
+
+def _interval_of_mean(hits: pd.DataFrame) -> list[float] | None:
+    """Of the mean over languages: what is drawn are items, each with all its languages."""
+    if hits.empty:
+        return None
+    rows_of = hits.groupby("language")["right"].transform("size")
+    shares = hits["right"] / rows_of / hits["language"].nunique()
+    by_item = shares.groupby(hits["id"]).sum().to_numpy()
+    return _interval(by_item, 1)
+
+
+def _interval(values: np.ndarray, count: int | None = None) -> list[float]:
+    """95 % interval of the sum of `values` over `count` (None: of their mean)."""
+    scale = len(values) / count if count is not None else 1.0
+    if np.ptp(values) == 0.0:  # every resample is the same
+        return [float(values.mean() * scale)] * 2
+    found = scipy.stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=100,  # resamples in memory at a time
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return [float(found.low * scale), float(found.high * scale)]
