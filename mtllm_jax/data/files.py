@@ -47,10 +47,10 @@ def read_rows(
     required column that the file does not have. labels, languages: what these two columns may
     hold; by default any label, and any FLORES-200 code.
 
-    For files in a form of their own: names, what a column is called there (of choices: their
-    columns). values: what a column may hold there, and what stands for it in the row. blank: the
-    columns of str that may be empty. quoting: False for a CSV or TSV file in which a quote is a
-    letter like others.
+    For files in a form of their own: names, what a column is called there (for choices: their
+    columns; for a str: several, whose cells are joined by a blank). values: what a column may hold
+    there, and what stands for it in the row. blank: the columns that may be empty. quoting: False
+    for a CSV or TSV file in which a quote is a letter like others.
 
     Each row has the same keys. `id` is the file's, or the row's number from 0; it may not occur
     twice in a language (parallel rows share theirs across languages).
@@ -84,13 +84,14 @@ def read_rows(
             header, used = cells.keys(), found
         row: dict[str, Any] = {}
         for name, theirs in used.items():
+            may_be_blank = name in blank
             if kinds[name] is list:
-                row[name] = _texts([cells[column] for column in theirs], theirs, where)
+                row[name] = _texts([cells[t] for t in theirs], theirs, where, may_be_blank)
                 continue
-            cell = _value(cells[theirs[0]], kinds[name], theirs[0], where, name in blank)
-            row[name] = (
-                _stands_for(cell, values[name], theirs[0], where) if name in values else cell
-            )
+            parts = [_value(cells[t], kinds[name], t, where, may_be_blank) for t in theirs]
+            row[name] = parts[0] if len(parts) == 1 else " ".join(parts)
+            if name in values:
+                row[name] = _stands_for(row[name], values[name], theirs[0], where)
         if rows and "choices" in row and len(row["choices"]) != len(rows[0]["choices"]):
             raise ValueError(
                 f"{where}: there are {len(row['choices'])} choices, and {len(rows[0]['choices'])}"
@@ -259,10 +260,13 @@ def _raise_at_other_columns(
     raise ValueError(f"{path}: line {there} has the field {name!r} and line {not_there} has not.")
 
 
-def _texts(cells: Sequence[object], columns: Sequence[str], where: str) -> list[str]:
+def _texts(
+    cells: Sequence[object], columns: Sequence[str], where: str, may_be_blank: bool
+) -> list[str]:
     """Choices, one a cell, or all in one cell."""
     if len(columns) > 1:
-        return [_value(c, str, name, where) for c, name in zip(cells, columns, strict=True)]
+        named = zip(cells, columns, strict=True)
+        return [_value(cell, str, name, where, may_be_blank) for cell, name in named]
     (given,) = cells
     if isinstance(given, str):
         try:
@@ -274,7 +278,9 @@ def _texts(cells: Sequence[object], columns: Sequence[str], where: str) -> list[
             f"{where}: the {columns[0]} are {formats.show(cells[0])}, they must be a list of two"
             " texts or more."
         )
-    return [_value(cell, str, f"choice {i}", where) for i, cell in enumerate(given, 1)]
+    return [
+        _value(cell, str, f"choice {i}", where, may_be_blank) for i, cell in enumerate(given, 1)
+    ]
 
 
 def _stands_for(value: str, known: Mapping[str, str], name: str, where: str) -> str:

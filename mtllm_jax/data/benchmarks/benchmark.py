@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Literal
 
 from mtllm_jax.data.benchmarks.codes import STAND_INS
-from mtllm_jax.data.benchmarks.layouts import Files, Kind, Layout, Row, Split
-from mtllm_jax.languages import ENGLISH, check_language
+from mtllm_jax.data.benchmarks.layouts import Files, Kind, Layout, Row, Split, is_blank
+from mtllm_jax.languages import check_language
 
 _SEED = 0  # of `sample`, for all benchmarks and runs
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """labels: in the order of their class numbers; each language's rows have all of them.
+    """labels: in the order of their class numbers; the rows of each language have all of them.
 
-    translated: the test rows in other languages than English that there are translations of, with
+    translated: the test rows of languages other than English that translations were given of, with
     English in the place of their texts: what translate-test reads. notes: what a reader of results
-    should know, one sentence each.
+    should know, a sentence each.
     """
 
     name: str
@@ -48,9 +48,11 @@ class Benchmark:
 class Published:
     """What is known of a benchmark before its files are read.
 
-    source: where it is published. english_layouts: of rows in English that are not among
-    `layouts`, below the benchmark's folder or another. amend: (rows in other languages, those in
-    English) → corrected rows.
+    source: where it is published. english_layouts: of the rows in English that are not in
+    `layouts`; they are looked for in the benchmark's folder, then in another. parallel: rows of one
+    id are translations of each other, and so have one label. amend: (test rows in other languages,
+    those in English) → corrected ones. translate: (folder, test rows as the files have them) →
+    those that the folder has translations of, in English.
     """
 
     kind: Kind
@@ -59,7 +61,11 @@ class Published:
     source: str
     licence: str
     english_layouts: Sequence[Layout] = ()
+    english_source: str = ""
+    parallel: bool = True
     amend: Callable[[Sequence[Row], Sequence[Row]], list[Row]] | None = None
+    translate: Callable[[Path, Sequence[Row]], list[Row]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_published(
@@ -67,92 +73,128 @@ def read_published(
     published: Published,
     path: str | Path,
     *,
-    languages: Sequence[str] | Literal["all"] = "all",
-    english: str = ENGLISH,
-    english_path: str | Path | None = None,
-    splits: Sequence[Split] = ("train", "dev", "test"),
-    limit: int | None = None,
+    languages: Sequence[str] | Literal["all"],
+    english: str,
+    english_path: str | Path | None,
+    translations: str | Path | None,
+    splits: Sequence[Split],
+    limit: int | None,
 ) -> Benchmark:
     """`read_benchmark`, of one whose particulars are given."""
-    folder = Path(path)
-    layout, files = _find(name, published, folder)
-    english_folders = [folder] + ([Path(english_path)] if english_path is not None else [])
-    read: dict[Split, list[Row]] = {"train": [], "dev": [], "test": []}
-    for split in splits:
-        read[split] = _read_english(name, published, layout, files, english_folders, split, english)
-    if "test" in splits:
-        codes = sorted(code for split, code in files if split == "test" and code != english)
-        if languages != "all":
-            for code in languages:
-                try:
-                    check_language(code, [english, *codes])
-                except ValueError as error:
-                    raise ValueError(f"{folder}: {error}.") from None
-            codes = [code for code in codes if code in languages]
-        foreign = layout.read(files, published.kind, published.labels, "test", codes)
+    reader = _Reader(name, published, Path(path), english, english_path)
+    read = {split: reader.english_rows(split) for split in splits}
+    translated: list[Row] = []
+    if "test" in read:
+        foreign = reader.foreign_rows(languages)
         if published.amend:
             foreign = published.amend(foreign, read["test"])
+        if translations is not None:
+            if published.translate is None:
+                raise ValueError(f"translations is {translations}; there are none of {name}.")
+            translated = published.translate(Path(translations), foreign)
+        # Sorting is stable: within a language the order of its file stays.
         read["test"] = sorted(read["test"] + foreign, key=lambda row: row["language"])
-    check_labels(read["train"], published.labels, "train")
-    check_labels(read["test"], published.labels, "test")
-    check_parallel(read["test"])
+    for split, rows in read.items():
+        if split != "dev":  # which may be small
+            _check_labels(rows, published.labels, split)
+    notes = [*published.notes, *reader.notes, *_notes(read, translated)]
+    test: Sequence[Row] = read.get("test", [])
+    if published.parallel and "id" in reader.layout.names:
+        _check_parallel(test)
+    if limit is not None:
+        test = sample(test, limit)
+        kept = {(row["language"], row["id"]) for row in test}
+        translated = [row for row in translated if (row["language"], row["id"]) in kept]
     return Benchmark(
         name=name,
         kind=published.kind,
         labels=tuple(sorted(published.labels)),
-        train=read["train"],
-        dev=read["dev"],
-        test=sample(read["test"], limit) if limit is not None else read["test"],
+        train=read.get("train", []),
+        dev=read.get("dev", []),
+        test=test,
         licence=published.licence,
-        notes=tuple(_notes(read)),
+        translated=translated,
+        notes=tuple(notes),
     )
 
 
-def _find(name: str, published: Published, folder: Path) -> tuple[Layout, Files]:
-    """The form that the folder has. ValueError where it has none."""
-    if not folder.is_dir():
+class _Reader:
+    """A benchmark's files in the form that a folder has. ValueError where it has none."""
+
+    def __init__(
+        self,
+        name: str,
+        published: Published,
+        folder: Path,
+        english: str,
+        english_path: str | Path | None,
+    ):
+        self.notes: list[str] = []
+        self._name, self._published, self._english = name, published, english
+        self._folders = [folder] if english_path is None else [folder, Path(english_path)]
+        if english_path is not None and not published.english_source:
+            raise ValueError(
+                f"english_path is {english_path}; {name} has {english} rows of its own, it must be"
+                " None."
+            )
+        sources = (published.source, published.english_source)
+        for path, source in zip(self._folders, sources, strict=False):
+            if not path.is_dir():
+                raise ValueError(f"{path} is not a folder; it must be one with {source}.")
+        for self.layout in published.layouts:
+            self._files = self.layout.files(folder)
+            if any(split == "test" for split, _ in self._files):
+                return
+        patterns = " or ".join(layout.shown for layout in published.layouts)
         raise ValueError(
-            f"{folder} is not a folder; {name} is read from one with {published.source}."
+            f"{folder} holds no test rows of {name}: these lie in {patterns} of {published.source}."
         )
-    for layout in published.layouts:
-        files = layout.files(folder)
-        if any(split == "test" for split, _ in files):
-            return layout, files
-    patterns = " or ".join(layout.shown for layout in published.layouts)
-    raise ValueError(
-        f"{folder} holds no test rows of {name}, which lie in {patterns} of {published.source}."
-    )
+
+    def english_rows(self, split: Split) -> list[Row]:
+        """Those of the benchmark itself, or of another; none for a test that there is not."""
+        key = (split, self._english)
+        if key in self._files:
+            return self._read(self.layout, self._files, split, [self._english])
+        layouts = [other for other in self._published.english_layouts if split in other.splits]
+        for folder in self._folders:
+            for layout in layouts:
+                files = layout.files(folder)
+                if key in files:
+                    return self._read(layout, files, split, [self._english])
+        if split == "test" and not layouts:
+            return []
+        if split in self.layout.splits:
+            layouts.insert(0, self.layout)
+        source = self._published.english_source
+        raise ValueError(
+            f"{' and '.join(map(str, self._folders))} hold no {split} rows of {self._name} in"
+            f" {self._english}: these lie in {' or '.join(layout.shown for layout in layouts)}"
+            f"{f' of {source}, the folder english_path' if source else ''}."
+        )
+
+    def foreign_rows(self, languages: Sequence[str] | Literal["all"]) -> list[Row]:
+        """The test rows of all other languages, or of these."""
+        codes = sorted(code for split, code in self._files if split == "test")
+        for code in [] if languages == "all" else languages:
+            try:
+                check_language(code, [*codes, self._english])
+            except ValueError as error:
+                raise ValueError(f"{self._folders[0]}: {error}.") from None
+        wanted = codes if languages == "all" else [code for code in codes if code in languages]
+        wanted = [code for code in wanted if code != self._english]
+        return self._read(self.layout, self._files, "test", wanted)
+
+    def _read(self, layout: Layout, files: Files, split: Split, codes: Sequence[str]) -> list[Row]:
+        kind, labels = self._published.kind, self._published.labels
+        rows, left_out = layout.read(files, kind, labels, split, codes)
+        if left_out:
+            self.notes.append(
+                f"{left_out} {split} rows without a label or with a blank text are left out."
+            )
+        return rows
 
 
-def _read_english(
-    name: str,
-    published: Published,
-    layout: Layout,
-    files: Files,
-    folders: Sequence[Path],
-    split: Split,
-    english: str,
-) -> list[Row]:
-    """The rows of a split in `english`; none where only a test could have had them."""
-    if (split, english) in files:
-        return layout.read(files, published.kind, published.labels, split, [english])
-    for folder in folders:
-        for other in published.english_layouts:
-            elsewhere = other.files(folder)
-            if (split, english) in elsewhere:
-                return other.read(elsewhere, published.kind, published.labels, split, [english])
-    if split == "test" and not any("test" in other.splits for other in published.english_layouts):
-        return []
-    patterns = [
-        other.shown for other in (layout, *published.english_layouts) if split in other.splits
-    ]
-    raise ValueError(
-        f"{' and '.join(map(str, folders))} hold no {split} rows of {name} in {english}:"
-        f" these lie in {' or '.join(patterns)}."
-    )
-
-
-def check_labels(rows: Iterable[Row], labels: Sequence[str], what: str) -> None:
+def _check_labels(rows: Iterable[Row], labels: Sequence[str], split: str) -> None:
     """ValueError unless the rows of each language have every label."""
     found: dict[str, set[str]] = collections.defaultdict(set)
     for row in rows:
@@ -160,12 +202,11 @@ def check_labels(rows: Iterable[Row], labels: Sequence[str], what: str) -> None:
     for language, those in found.items():
         if missing := [label for label in labels if label not in those]:
             raise ValueError(
-                f"the {what} rows in {language} have no label {missing[0]!r}, which others have."
+                f"the {split} rows in {language} have no label {missing[0]!r}, which others have."
             )
 
 
-def check_parallel(rows: Iterable[Row]) -> None:
-    """ValueError unless rows of one id, which are translations of each other, have one label."""
+def _check_parallel(rows: Iterable[Row]) -> None:
     first: dict[str, Row] = {}
     for row in rows:
         other = first.setdefault(row["id"], row)
@@ -177,29 +218,26 @@ def check_parallel(rows: Iterable[Row]) -> None:
 
 
 def sample(rows: Sequence[Row], limit: int) -> list[Row]:
-    """At most `limit` rows of each language, in their order: labels in the proportions they have
-    in it, and wherever languages share ids, the same ids.
+    """At most `limit` rows of each language, in their order: labels in the proportions that they
+    have in it, and the same ids wherever languages share them.
 
-    Each id has a rank, the same always and everywhere; the rows of a label with the lowest are
-    taken.
+    Each id has a rank, always and everywhere the same; of each label the lowest are taken.
     """
     if limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1.")
-    by_language: dict[str, list[Row]] = collections.defaultdict(list)
+    ids: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        by_language[row["language"]].append(row)
+        ids.setdefault(row["language"], {}).setdefault(row["label"], []).append(row["id"])
     kept: set[tuple[str, str]] = set()
-    for language, of_language in by_language.items():
-        ids: dict[str, list[str]] = collections.defaultdict(list)
-        for row in of_language:
-            ids[row["label"]].append(row["id"])
-        quotas = _quotas({label: len(those) for label, those in ids.items()}, limit)
-        for label, those in ids.items():
-            kept |= {(language, id_) for id_ in sorted(those, key=_rank)[: quotas[label]]}
+    for language, of_labels in ids.items():
+        quotas = _quotas({label: len(those) for label, those in of_labels.items()}, limit)
+        for label, those in of_labels.items():
+            kept |= {(language, id_) for id_ in sorted(those, key=rank)[: quotas[label]]}
     return [row for row in rows if (row["language"], row["id"]) in kept]
 
 
-def _rank(id_: str) -> bytes:
+def rank(id_: str) -> bytes:
+    """Where an id stands in the one order that every sample is drawn by."""
     return hashlib.blake2b(f"{_SEED} {id_}".encode(), digest_size=16).digest()
 
 
@@ -214,20 +252,16 @@ def _quotas(counts: dict[str, int], limit: int) -> dict[str, int]:
     return quotas
 
 
-def _notes(read: dict[Split, list[Row]]) -> Iterable[str]:
+def _notes(read: dict[Split, list[Row]], translated: Sequence[Row]) -> Iterable[str]:
     for split, rows in read.items():
-        blank = collections.Counter(
-            row["language"] for row in rows if not all(map(_is_said, row.values()))
-        )
+        blank = collections.Counter(row["language"] for row in rows if is_blank(row))
         for language, count in sorted(blank.items()):
             yield (
                 f"{count} {split} rows in {language} have a blank text in the published files;"
                 " they are kept and scored like others."
             )
-    for code in dict.fromkeys(row["language"] for row in read["test"]):
+    if blank_ones := sum(map(is_blank, translated)):
+        yield f"{blank_ones} translations hold a blank text and are scored like others."
+    for code in dict.fromkeys(row["language"] for row in read.get("test", [])):
         if code in STAND_INS:
-            yield (f"An encoder without the code {code} is told {STAND_INS[code]} in its place.")
-
-
-def _is_said(cell: str | list[str]) -> bool:
-    return bool(cell.strip()) if isinstance(cell, str) else all(map(_is_said, cell))
+            yield f"An encoder without the code {code} is told {STAND_INS[code]} in its place."

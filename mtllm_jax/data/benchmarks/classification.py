@@ -8,6 +8,7 @@ NusaX (Winata et al. 2023), 12 languages, rows parallel by id. CSV with line bre
 cells. Madurese, Ngaju and Toba Batak have no NLLB-200 code and are named by codes of that form.
 """
 
+from mtllm_jax.data.benchmarks import translations
 from mtllm_jax.data.benchmarks.benchmark import Published
 from mtllm_jax.data.benchmarks.codes import NUSAX
 from mtllm_jax.data.benchmarks.layouts import Layout
@@ -32,6 +33,7 @@ SIB200 = Published(
     ),
     source="github.com/dadelani/sib-200 or Davlan/sib200 on the hub",
     licence="Apache-2.0; its sentences are FLORES-200, CC BY-SA 4.0",
+    translate=translations.flores,
 )
 
 NUSAX_SENTIMENT = Published(

@@ -5,9 +5,30 @@ mad_Latn: tables and predictions name it by that. An LLM alone needs no code. An
 told its language is told the nearest one that it knows, its stand-in.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from mtllm_jax.languages import check_language
+
+
+def _by_prefix(codes: str, others: Mapping[str, str]) -> dict[str, str]:
+    """FLORES-200 codes by what stands before their script, and those that are called otherwise."""
+    return dict(sorted(({code[:3]: code for code in codes.split()} | dict(others)).items()))
+
+
+# ISO 639-1, as XNLI, XCOPA and firefox-translations use it.
+TWO_LETTER = {
+    "af": "afr_Latn", "am": "amh_Ethi", "ar": "arb_Arab", "az": "azj_Latn", "be": "bel_Cyrl",
+    "bg": "bul_Cyrl", "bn": "ben_Beng", "bs": "bos_Latn", "cy": "cym_Latn", "da": "dan_Latn",
+    "de": "deu_Latn", "el": "ell_Grek", "en": "eng_Latn", "es": "spa_Latn", "et": "est_Latn",
+    "fr": "fra_Latn", "gl": "glg_Latn", "gu": "guj_Gujr", "he": "heb_Hebr", "hi": "hin_Deva",
+    "hr": "hrv_Latn", "ht": "hat_Latn", "hy": "hye_Armn", "id": "ind_Latn", "ig": "ibo_Latn",
+    "it": "ita_Latn", "ja": "jpn_Jpan", "kn": "kan_Knda", "ko": "kor_Hang", "lt": "lit_Latn",
+    "lv": "lvs_Latn", "ml": "mal_Mlym", "mr": "mar_Deva", "ms": "zsm_Latn", "mt": "mlt_Latn",
+    "my": "mya_Mymr", "qu": "quy_Latn", "ro": "ron_Latn", "ru": "rus_Cyrl", "sk": "slk_Latn",
+    "sl": "slv_Latn", "sr": "srp_Cyrl", "sv": "swe_Latn", "sw": "swh_Latn", "ta": "tam_Taml",
+    "te": "tel_Telu", "th": "tha_Thai", "tl": "tgl_Latn", "tr": "tur_Latn", "ur": "urd_Arab",
+    "vi": "vie_Latn", "zh": "zho_Hans",
+}  # fmt: skip
 
 NUSAX = {
     "acehnese": "ace_Latn", "balinese": "ban_Latn", "banjarese": "bjn_Latn",
@@ -15,6 +36,56 @@ NUSAX = {
     "javanese": "jav_Latn", "madurese": "mad_Latn", "minangkabau": "min_Latn", "ngaju": "nij_Latn",
     "sundanese": "sun_Latn", "toba_batak": "bbc_Latn",
 }  # fmt: skip
+
+AMERICAS_NLI = {
+    "aym": "ayr_Latn", "bzd": "bzd_Latn", "cni": "cni_Latn", "gn": "grn_Latn", "hch": "hch_Latn",
+    "nah": "nah_Latn", "oto": "oto_Latn", "quy": "quy_Latn", "shp": "shp_Latn", "tar": "tar_Latn",
+}  # fmt: skip
+
+# Its Uyghur is in Cyrillic script.
+KARDES_NLU = {
+    "az": "azj_Latn", "kk": "kaz_Cyrl", "ky": "kir_Cyrl", "ug": "uig_Cyrl", "uz": "uzn_Latn",
+}  # fmt: skip
+
+# LASER's test set; its srp and uzb mix scripts, and the others that are left out have no code.
+TATOEBA = _by_prefix(
+    """
+    afr_Latn amh_Ethi arz_Arab ast_Latn awa_Deva bel_Cyrl ben_Beng bos_Latn bul_Cyrl cat_Latn
+    ceb_Latn ces_Latn cym_Latn dan_Latn deu_Latn ell_Grek epo_Latn est_Latn eus_Latn fao_Latn
+    fin_Latn fra_Latn gla_Latn gle_Latn glg_Latn heb_Hebr hin_Deva hrv_Latn hun_Latn hye_Armn
+    ind_Latn isl_Latn ita_Latn jav_Latn jpn_Jpan kab_Latn kat_Geor kaz_Cyrl khm_Khmr kor_Hang
+    lit_Latn lvs_Latn mal_Mlym mar_Deva mkd_Cyrl nld_Latn nno_Latn nob_Latn oci_Latn pes_Arab
+    pol_Latn por_Latn ron_Latn rus_Cyrl slk_Latn slv_Latn spa_Latn swe_Latn swh_Latn tam_Taml
+    tat_Cyrl tel_Telu tgl_Latn tha_Thai tuk_Latn tur_Latn uig_Arab ukr_Cyrl urd_Arab vie_Latn
+    war_Latn xho_Latn yue_Hant zsm_Latn
+    """,
+    {
+        "ara": "arb_Arab", "aze": "azj_Latn", "cmn": "zho_Hans", "kur": "kmr_Latn",
+        "mon": "khk_Cyrl", "sqi": "als_Latn", "yid": "ydd_Hebr",
+    },
+)  # fmt: skip
+
+# Without regional variants and nso, whose text reads as Southern Sotho.
+NTREX = _by_prefix(
+    """
+    afr_Latn amh_Ethi arb_Arab bak_Cyrl bel_Cyrl bem_Latn ben_Beng bod_Tibt bos_Latn bul_Cyrl
+    cat_Latn ces_Latn cym_Latn dan_Latn deu_Latn dzo_Tibt ell_Grek est_Latn eus_Latn ewe_Latn
+    fao_Latn fij_Latn fin_Latn fra_Latn gle_Latn glg_Latn guj_Gujr hau_Latn heb_Hebr hin_Deva
+    hrv_Latn hun_Latn hye_Armn ibo_Latn ind_Latn isl_Latn ita_Latn jpn_Jpan kan_Knda kat_Geor
+    kaz_Cyrl khm_Khmr kin_Latn kir_Cyrl kmr_Latn kor_Hang lao_Laoo lit_Latn ltz_Latn mal_Mlym
+    mar_Deva mkd_Cyrl mlt_Latn mri_Latn mya_Mymr nld_Latn nno_Latn nob_Latn nya_Latn pan_Guru
+    pol_Latn por_Latn prs_Arab ron_Latn rus_Cyrl sin_Sinh slk_Latn slv_Latn smo_Latn som_Latn
+    spa_Latn ssw_Latn swe_Latn tam_Taml tat_Cyrl tel_Telu tha_Thai tir_Ethi tsn_Latn tuk_Latn
+    tur_Latn uig_Arab ukr_Cyrl urd_Arab vie_Latn wol_Latn xho_Latn yor_Latn yue_Hant zul_Latn
+    """,
+    {
+        "aze-Latn": "azj_Latn", "ckb-Arab": "ckb_Arab", "fas": "pes_Arab", "fil": "tgl_Latn",
+        "lav": "lvs_Latn", "mlg": "plt_Latn", "mon": "khk_Cyrl", "msa": "zsm_Latn",
+        "nep": "npi_Deva", "orm": "gaz_Latn", "pus": "pbt_Arab", "sna-Latn": "sna_Latn",
+        "snd-Arab": "snd_Arab", "sqi": "als_Latn", "srp-Cyrl": "srp_Cyrl", "swa": "swh_Latn",
+        "tgk-Cyrl": "tgk_Cyrl", "uzb": "uzn_Latn", "zho-CN": "zho_Hans", "zho-TW": "zho_Hant",
+    },
+)  # fmt: skip
 
 # What NLLB is told instead. The first three groups are the choices of the MT-LLM authors' public
 # configs [code]; the others are ours: the same language in another script, or a neighbour.
@@ -40,8 +111,6 @@ def source_language(code: str, readable: Collection[str]) -> str:
     That is `code` itself, or its stand-in. ValueError naming the three nearest if it reads neither.
     """
     stand_in = STAND_INS.get(code, code)
-    return (
-        stand_in
-        if code not in readable and stand_in in readable
-        else check_language(code, readable)
-    )
+    if code not in readable and stand_in in readable:
+        return stand_in
+    return check_language(code, readable)

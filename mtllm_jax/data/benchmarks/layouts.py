@@ -19,7 +19,6 @@ COLUMNS: Mapping[Kind, Mapping[str, type]] = {
     "choice": {"context": str, "question": str, "choices": list},
 }
 _CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
-_PART = re.compile(r"\d+-of-(\d+)(-[0-9a-f]+)?")  # of a Parquet file on the hub: 00000-of-00001
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,11 @@ class Layout:
     """One form in which a data set is published.
 
     pattern: the place of its files below the folder, with {split}, {language} and {part} where
-    their names have these. splits: ours, and what they are called there. languages: theirs, and
-    FLORES-200 codes; None where these are the same. language: the one of files whose names have no
-    {language}. names, values, blank, quoting: as `read_rows` has them; `names` may have "split" and
-    "language" where columns say what they are; rows with a value that stands for "" are left out.
+    their names have these, and * for what repeats one of them. splits: ours, and what they are
+    called there. languages: theirs, and FLORES-200 codes; None where these are the same. language:
+    the one of files whose names have no {language}. names, values, blank, quoting: as `read_rows`
+    has them; `names` may have "split" and "language" where columns say what they are; rows with a
+    value that stands for "" are left out. keep_blank: whether rows with a blank text are kept.
     """
 
     pattern: str
@@ -40,6 +40,7 @@ class Layout:
     language: str = ""
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     blank: Collection[str] = ()
+    keep_blank: bool = True
     quoting: bool = True
 
     @property
@@ -50,23 +51,27 @@ class Layout:
     def files(self, folder: Path) -> Files:
         """Those that there are. ValueError where parts of one are missing."""
         ours = {theirs: split for split, theirs in self.splits.items()}
-        groups = (f"(?P<{name}>[^/]+)" for name in ("split", "language", "part"))
-        form = re.compile(
-            _filled(re.escape(self.pattern).replace(r"\{", "{").replace(r"\}", "}"), *groups)
-        )
+        form = re.escape(self.pattern).replace(r"\*", "[^/]+")
+        form = form.replace(r"\{part\}", r"\d+-of-(?P<part>\d+)(-[0-9a-f]+)?")  # the hub's
+        form = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", form)
         found: Files = {}
-        for path in sorted(folder.glob(_filled(self.pattern, "*", "*", "*"))):
-            match = form.fullmatch(path.relative_to(folder).as_posix())
-            assert match is not None
-            said = match.groupdict()
-            if "part" in said and not _PART.fullmatch(said["part"]):
+        parts: dict[tuple[str, str], int] = {}
+        for path in sorted(folder.glob(re.sub(r"\{\w+\}", "*", self.pattern))):
+            match = re.fullmatch(form, path.relative_to(folder).as_posix())
+            if match is None:
                 continue
+            said = match.groupdict()
             splits = [ours.get(said["split"])] if "split" in said else [*self.splits]
             for split in filter(None, splits):
                 for code in self._codes(said.get("language")):
                     found.setdefault((split, code), []).append(path)
-        for paths in found.values():
-            _check_parts(paths)
+                    parts[split, code] = int(said.get("part", 1))
+        for key, paths in found.items():
+            if len(paths) != parts[key]:
+                raise ValueError(
+                    f"{paths[0].parent} holds {len(paths)} files like {paths[0].name}, there must"
+                    f" be {parts[key]}."
+                )
         return found
 
     def _codes(self, theirs: str | None) -> list[str]:
@@ -79,9 +84,10 @@ class Layout:
 
     def read(
         self, files: Files, kind: Kind, labels: Sequence[str], split: str, codes: Sequence[str]
-    ) -> list[Row]:
-        """The rows of one split, languages in the order of `codes`, each in that of its files."""
-        columns = {"label": str, **COLUMNS[kind]}
+    ) -> tuple[list[Row], int]:
+        """The rows of one split, languages in the order of `codes`, each in that of its files; and
+        how many were left out."""
+        columns: dict[str, type] = {"label": str, **COLUMNS[kind]}
         columns |= dict.fromkeys((n for n in ("id", "split", "language") if n in self.names), str)
         values = {"label": dict(zip(labels, labels, strict=True)), **self.values}
         if "language" in self.names:
@@ -90,6 +96,7 @@ class Layout:
             values["split"] = {name: ours for ours, name in self.splits.items()}
         read: dict[Path, list[Row]] = {}
         rows: list[Row] = []
+        left_out = 0
         for code in codes:
             of_language: list[Row] = []
             for path in files[split, code]:
@@ -108,23 +115,20 @@ class Layout:
                     for row in read[path]
                     if row.get("language", code) == code and row.get("split", split) == split
                 ]
+            if not of_language:
+                raise ValueError(f"{path} holds no {split} rows in {code}.")
             for number, row in enumerate(of_language):
-                if all(row[name] for name in self.values):
-                    id_ = row["id"] if "id" in self.names else str(number)
-                    cells = {name: row[name] for name in COLUMNS[kind]}
-                    rows.append({"id": id_, "language": code, "label": row["label"], **cells})
-        return rows
+                id_ = row["id"] if "id" in self.names else str(number)
+                cells = {name: row[name] for name in COLUMNS[kind]}
+                made = {"id": id_, "language": code, "label": row["label"], **cells}
+                if all(row[n] for n in self.values) and (self.keep_blank or not is_blank(made)):
+                    rows.append(made)
+                else:
+                    left_out += 1
+        return rows, left_out
 
 
-def _filled(pattern: str, split: str, language: str, part: str) -> str:
-    return pattern.format(split=split, language=language, part=part)
-
-
-def _check_parts(paths: Sequence[Path]) -> None:
-    """All parts of a Parquet file are there, or it is one file."""
-    match = re.search(_PART, paths[0].name)
-    expected = int(match[1]) if match else 1
-    if len(paths) != expected:
-        raise ValueError(
-            f"{paths[0]} is one of {expected} parts, and there are {len(paths)} beside each other."
-        )
+def is_blank(row: Row) -> bool:
+    """Whether one of the row's texts is."""
+    texts = (text for cell in row.values() for text in ([cell] if isinstance(cell, str) else cell))
+    return not all(text.strip() for text in texts)
