@@ -85,7 +85,7 @@ def read_published(
     read = {split: reader.english_rows(split) for split in splits}
     translated: list[Row] = []
     if "test" in read:
-        foreign = reader.foreign_rows(languages)
+        foreign = reader.foreign_rows(languages, bool(read["test"]))
         if published.amend:
             foreign = published.amend(foreign, read["test"])
         if translations is not None:
@@ -172,16 +172,16 @@ class _Reader:
             f"{f' of {source}, the folder english_path' if source else ''}."
         )
 
-    def foreign_rows(self, languages: Sequence[str] | Literal["all"]) -> list[Row]:
-        """The test rows of all other languages, or of these."""
-        codes = sorted(code for split, code in self._files if split == "test")
+    def foreign_rows(self, languages: Sequence[str] | Literal["all"], english: bool) -> list[Row]:
+        """The test rows of all other languages, or of these. english: whether it has such rows."""
+        codes = sorted({code for split, code in self._files if split == "test"} - {self._english})
+        allowed = [*codes, self._english] if english else codes
         for code in [] if languages == "all" else languages:
             try:
-                check_language(code, [*codes, self._english])
+                check_language(code, allowed)
             except ValueError as error:
                 raise ValueError(f"{self._folders[0]}: {error}.") from None
         wanted = codes if languages == "all" else [code for code in codes if code in languages]
-        wanted = [code for code in wanted if code != self._english]
         return self._read(self.layout, self._files, "test", wanted)
 
     def _read(self, layout: Layout, files: Files, split: Split, codes: Sequence[str]) -> list[Row]:
