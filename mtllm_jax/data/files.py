@@ -21,7 +21,7 @@ from mtllm_jax.languages import LANGUAGES, check_language
 
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-_MOST_CHOICES = 26  # in columns of their own
+_CHOICES = tuple(f"choice{i}" for i in range(1, 27))
 _CHUNK = 1 << 16  # texts that are Python objects at a time, before Arrow packs their bytes together
 
 
@@ -60,7 +60,10 @@ def read_rows(
     an unknown label or language, or a repeated id.
     """
     path = Path(path)
-    defaults, names, values = defaults or {}, names or {}, values or {}
+    defaults, names = defaults or {}, names or {}
+    values = dict(values or {})
+    if labels is not None:
+        values.setdefault("label", dict(zip(labels, labels, strict=True)))
     kinds = {name: list if name == "choices" else str for name in optional} | dict(columns)
     required = [name for name in columns if name not in defaults]
     codes = tuple(LANGUAGES if languages is None else languages)
@@ -74,22 +77,14 @@ def read_rows(
         where = formats.at(path, line)
         if not rows or cells.keys() != header:
             header_at = where if rows else formats.header_at(path)
-            found = {name: _columns_of(name, names, cells, header_at) for name in kinds}
-            for name in required:
-                if not found[name]:
-                    _check_columns(cells, [*_candidates(name, names)][:1], header_at)
-            found = {name: theirs for name, theirs in found.items() if theirs}
+            found = _find_columns(kinds, required, names, cells, header_at)
             if rows and found != used:
                 _raise_at_other_columns(path, line, found, used)
             header, used = cells.keys(), found
-        row: dict[str, Any] = {}
+        row = {}
         for name, theirs in used.items():
-            may_be_blank = name in blank
-            if kinds[name] is list:
-                row[name] = _texts([cells[t] for t in theirs], theirs, where, may_be_blank)
-                continue
-            parts = [_value(cells[t], kinds[name], t, where, may_be_blank) for t in theirs]
-            row[name] = parts[0] if len(parts) == 1 else " ".join(parts)
+            given = [cells[column] for column in theirs]
+            row[name] = _read_cells(given, kinds[name], theirs, where, name in blank)
             if name in values:
                 row[name] = _stands_for(row[name], values[name], theirs[0], where)
         if rows and "choices" in row and len(row["choices"]) != len(rows[0]["choices"]):
@@ -97,8 +92,6 @@ def read_rows(
                 f"{where}: there are {len(row['choices'])} choices, and {len(rows[0]['choices'])}"
                 " in the first row; it must be as many in each."
             )
-        if labels is not None and "label" in row:
-            _stands_for(row["label"], dict.fromkeys(labels, ""), "label", where)
         if "language" in row:
             _check_language(row["language"], codes, where)
         if "id" in row:
@@ -227,28 +220,35 @@ def _check_language(code: str, allowed: Sequence[str], where: str) -> None:
 
 def _candidates(name: str, names: Mapping[str, str | Sequence[str]]) -> Sequence[str]:
     """The columns that `name` may be read from."""
-    theirs = names.get(name, name)
     if name == "choices" and name not in names:
-        return [name, *(f"choice{i}" for i in range(1, _MOST_CHOICES + 1))]
+        return [name, *_CHOICES]
+    theirs = names.get(name, name)
     return [theirs] if isinstance(theirs, str) else theirs
 
 
-def _columns_of(
-    name: str, names: Mapping[str, str | Sequence[str]], cells: Collection[str], where: str
-) -> tuple[str, ...]:
-    """Those of them that there are; of choices in columns, all or none."""
-    candidates = _candidates(name, names)
-    if name != "choices" or name in names:
-        found = tuple(column for column in candidates if column in cells)
-        return found if len(found) == len(candidates) else ()
-    if name in cells:
-        return (name,)
-    found = tuple(column for column in candidates if column in cells)
-    if found != tuple(candidates[1 : len(found) + 1]):
-        raise ValueError(
-            f"{where}: there are the columns {', '.join(map(repr, found))}; choices must be"
-            " numbered from 1 on."
-        )
+def _find_columns(
+    kinds: Mapping[str, type],
+    required: Sequence[str],
+    names: Mapping[str, str | Sequence[str]],
+    cells: Collection[str],
+    where: str,
+) -> dict[str, tuple[str, ...]]:
+    """The columns that are there, by our name: of several that are one of ours, all or none."""
+    found = {}
+    for name in kinds:
+        wanted = _candidates(name, names)
+        if name == "choices" and name not in names:
+            wanted = [name] if name in cells else [c for c in _CHOICES if c in cells]
+            if wanted not in ([name], [*_CHOICES[: len(wanted)]]):
+                raise ValueError(
+                    f"{where}: there are the columns {', '.join(map(repr, wanted))}; choices must"
+                    " be numbered from 1 on."
+                )
+            wanted = wanted or [name]
+        if name in required:
+            _check_columns(cells, wanted, where)
+        if all(column in cells for column in wanted):
+            found[name] = tuple(wanted)
     return found
 
 
@@ -260,27 +260,29 @@ def _raise_at_other_columns(
     raise ValueError(f"{path}: line {there} has the field {name!r} and line {not_there} has not.")
 
 
-def _texts(
-    cells: Sequence[object], columns: Sequence[str], where: str, may_be_blank: bool
-) -> list[str]:
-    """Choices, one a cell, or all in one cell."""
-    if len(columns) > 1:
-        named = zip(cells, columns, strict=True)
-        return [_value(cell, str, name, where, may_be_blank) for cell, name in named]
-    (given,) = cells
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            pass  # said below
-    if not isinstance(given, list) or len(given) < 2:
-        raise ValueError(
-            f"{where}: the {columns[0]} are {formats.show(cells[0])}, they must be a list of two"
-            " texts or more."
-        )
-    return [
-        _value(cell, str, f"choice {i}", where, may_be_blank) for i, cell in enumerate(given, 1)
+def _read_cells(
+    cells: Sequence[object], kind: type, columns: Sequence[str], where: str, may_be_blank: bool
+) -> Any:
+    """One value of the kind. A list is in one cell, or its texts are in one each."""
+    if kind is list and len(cells) == 1:
+        (given,) = cells
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except ValueError:
+                pass  # said below
+        if not isinstance(given, list) or len(given) < 2:
+            raise ValueError(
+                f"{where}: the {columns[0]} are {formats.show(cells[0])}, they must be a list of"
+                " two texts or more."
+            )
+        cells, columns = given, [f"choice {i}" for i in range(1, len(given) + 1)]
+    each = str if kind is list else kind
+    read = [
+        _value(cell, each, column, where, may_be_blank)
+        for cell, column in zip(cells, columns, strict=True)
     ]
+    return read if kind is list else read[0] if len(read) == 1 else " ".join(read)
 
 
 def _stands_for(value: str, known: Mapping[str, str], name: str, where: str) -> str:

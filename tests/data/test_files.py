@@ -139,6 +139,59 @@ def test_parallel_rows_share_an_id_across_languages(tmp_path):
     assert [row["id"] for row in read_rows(path, columns=COLUMNS)] == ["1", "1", "1"]
 
 
+def test_files_in_a_form_of_their_own(tmp_path):
+    """Other names, a column of two, labels in words, blanks, and quotes that are letters."""
+    path = write(
+        tmp_path,
+        "r.tsv",
+        'doc\tnumber\tgold\tpremise\thypothesis\na\t1\t+\t"open\t\na\t2\t-\tb"\t  \n',
+    )
+    options = {
+        "columns": {"id": str, "label": str, "text": str, "text_pair": str},
+        "names": {"id": ("doc", "number"), "label": "gold", "text": "premise",
+                  "text_pair": "hypothesis"},
+        "values": {"label": {"+": "yes", "-": "no"}},
+        "blank": ("text_pair",),
+        "quoting": False,
+    }  # fmt: skip
+    assert read_rows(path, **options) == [
+        {"id": "a 1", "label": "yes", "text": '"open', "text_pair": ""},
+        {"id": "a 2", "label": "no", "text": 'b"', "text_pair": "  "},
+    ]
+    assert error(path, **options | {"blank": ()}) == "line 2: the hypothesis is empty."
+    (swallowed,) = read_rows(path, **options | {"quoting": True})
+    assert swallowed["text"] == "open\t\na\t2\t-\tb"
+    assert error(path, **options | {"values": {"label": {"+": "yes"}}}) == (
+        "line 3: the gold is '-', it must be one of '+'."
+    )
+    assert error(path, **options | {"names": options["names"] | {"id": ("doc", "page")}}) == (
+        "line 1: there is no column 'page'; there is 'doc', 'number', 'gold', 'premise',"
+        " 'hypothesis'."
+    )
+    path.write_text(path.read_text().replace("a\t2", "a\t1"))
+    assert error(path, **options) == "line 3: the id 'a 1' was already given in line 2."
+
+
+CHOICES_ERRORS = {
+    "choices\nx\n": "line 2: the choices are 'x', they must be a list of two texts or more.",
+    'choices\n"[""a"", 1.5]"\n': "line 2: the choice 2 is 1.5, it must be a string or a whole"
+    " number.",
+    "choice1,choice3\na,b\n": "line 1: there are the columns 'choice1', 'choice3'; choices must be"
+    " numbered from 1 on.",
+    "choice1,choice2\na,\n": "line 2: the choice2 is empty.",
+    "choice,choice_2\na,b\n": "line 1: there is no column 'choices'; there is 'choice', 'choice_2'"
+    " (nearest: 'choice').",
+    'choices\n"[""a"", ""b""]"\n"[""a""]"\n': "line 3: the choices are '[\"a\"]', they must be a"
+    " list of two texts or more.",
+}
+
+
+@pytest.mark.parametrize("content", CHOICES_ERRORS)
+def test_choices_that_are_none(tmp_path, content):
+    path = write(tmp_path, "r.csv", content)
+    assert error(path, {"choices": list}) == CHOICES_ERRORS[content]
+
+
 # ---- what is wrong is named ----
 
 CSV_ERRORS = {
