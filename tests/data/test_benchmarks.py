@@ -9,6 +9,8 @@ import json
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtllm_jax.data.benchmarks import (
     codes,
@@ -93,6 +95,18 @@ def test_a_sample_keeps_proportions_order_and_items():
     assert all(row in ten for row in sample(rows, 5))
 
 
+@settings(max_examples=60, deadline=None)
+@given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=7), limit=st.integers(1, 120))
+def test_a_sample_is_as_near_to_the_proportions_as_whole_rows_are(counts, limit):
+    labels = [label for label, count in zip("abcdefg", counts, strict=False) for _ in range(count)]
+    rows = [{"id": str(i), "language": "deu_Latn", "label": x} for i, x in enumerate(labels)]
+    kept = collections.Counter(row["label"] for row in sample(rows, limit))
+    size = min(limit, len(rows))
+    assert kept.total() == size
+    for label, count in zip("abcdefg", counts, strict=False):
+        assert abs(kept[label] - count * size / len(rows)) < 1
+
+
 def test_a_sample_where_a_language_lacks_items():
     rows = [
         {"id": str(i), "language": code, "label": "ab"[i % 2]}
@@ -158,7 +172,8 @@ def test_errors_at_the_door(tmp_path):
     assert "zho_Hans, " in said
     (tmp_path / "data/eng_Latn/train.tsv").unlink()
     assert message(say, "sib200", tmp_path) == (
-        "F hold no train rows of sib200 in eng_Latn: these lie in data/<language>/<split>.tsv."
+        "F: there are no train rows of sib200 in eng_Latn; these lie in"
+        " data/<language>/<split>.tsv."
     )
     assert len(read_benchmark("sib200", tmp_path, splits=("dev", "test")).test) == 42
     assert message(say, "sib200", tmp_path, english_path=tmp_path) == (
@@ -192,11 +207,13 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path):
         " 'category', 'sentence'."
     )
     assert said(*lines[:-3], "") == (
-        "the test rows in deu_Latn have no label 'geography', which others have."
+        "F: the test rows in deu_Latn have no label 'geography'; they must have each of"
+        " 'entertainment', 'geography', 'health', 'politics', 'science/technology', 'sports',"
+        " 'travel'."
     )
     assert said(lines[2].replace("travel", "sports"), *lines[:2], *lines[3:]) == (
-        "row '202' has the label 'travel' in eng_Latn and 'sports' in deu_Latn; they must be the"
-        " same."
+        "F: the row '202' has the label 'travel' in eng_Latn and 'sports' in deu_Latn; they must"
+        " be the same."
     )
     path.write_bytes(good.replace(b"here", b"h\xe9re", 1))
     assert message(folder, "sib200", folder) == (
@@ -264,9 +281,9 @@ def test_own_choices_in_every_format(tmp_path, form):
             table.to_csv(path, index=False, sep={"csv": ",", "tsv": "\t"}[suffix])
     read = read_own(train, test, name="weather")
     assert (read.name, read.kind, read.labels) == ("weather", "choice", ("1", "2", "3"))
-    for row, given in zip(read.test, CHOICES, strict=True):
-        assert (row["context"], row["question"]) == (given["text"], "So?")
-        assert (row["choices"], row["label"]) == (given["choices"], given["label"])
+    for row, as_given in zip(read.test, CHOICES, strict=True):
+        assert (row["context"], row["question"]) == (as_given["text"], "So?")
+        assert (row["choices"], row["label"]) == (as_given["choices"], as_given["label"])
 
 
 def test_own_files_that_do_not_fit(tmp_path):
@@ -383,7 +400,9 @@ def test_xnli_of_the_zip_with_mnli(tmp_path):
     }
     # Without MNLI it says where English lies; what is not asked for is not missed.
     said = message(tmp_path, "xnli", tmp_path)
-    assert said.startswith("F hold no train rows of xnli in eng_Latn: these lie in multinli_1.0_")
+    assert said.startswith(
+        "F: there are no train rows of xnli in eng_Latn; these lie in multinli_1.0_"
+    )
     assert said.endswith("of MNLI or XNLI, the folder english_path.")
     assert len(read_benchmark("xnli", tmp_path, splits=("dev", "test")).test) == 45
     # A file that lacks a language is an error, not fourteen languages.
@@ -589,7 +608,7 @@ def test_xcopa_of_the_hub(tmp_path):
     table.to_parquet(path)
     assert message(
         tmp_path, "xcopa", tmp_path / "xcopa", english_path=tmp_path / "copa", splits=("test",)
-    ).startswith("row '0' has the label '2' in est_Latn and '1' in eng_Latn;")
+    ).startswith("F/xcopa: the row '0' has the label '2' in est_Latn and '1' in eng_Latn;")
 
 
 def test_bitexts_that_do_not_fit(tmp_path):

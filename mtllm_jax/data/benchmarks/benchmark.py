@@ -93,28 +93,26 @@ def read_published(
                 raise ValueError(f"translations is {translations}; there are none of {name}.")
             translated = published.translate(Path(translations), foreign)
         # Sorting is stable: within a language the order of its file stays.
-        read["test"] = sorted(read["test"] + foreign, key=lambda row: row["language"])
-    for split, rows in read.items():
-        if split != "dev":  # which may be small
-            _check_labels(rows, published.labels, split)
-    notes = [*published.notes, *reader.notes, *_notes(read, translated)]
-    test: Sequence[Row] = read.get("test", [])
-    if published.parallel and "id" in reader.layout.names:
-        _check_parallel(test)
-    if limit is not None:
-        test = sample(test, limit)
+        test = sorted(read["test"] + foreign, key=lambda row: row["language"])
+        _check_labels(test, published.labels, f"{path}: the test rows")
+        if published.parallel and "id" in reader.layout.names:
+            _check_parallel(test, path)
+        if limit is not None:
+            test = sample(test, limit)
         kept = {(row["language"], row["id"]) for row in test}
         translated = [row for row in translated if (row["language"], row["id"]) in kept]
+        read["test"] = test
+    _check_labels(read.get("train", []), published.labels, f"{path}: the train rows")
     return Benchmark(
         name=name,
         kind=published.kind,
         labels=tuple(sorted(published.labels)),
         train=read.get("train", []),
         dev=read.get("dev", []),
-        test=test,
+        test=read.get("test", []),
         licence=published.licence,
         translated=translated,
-        notes=tuple(notes),
+        notes=(*published.notes, *reader.notes, *_notes(read, translated)),
     )
 
 
@@ -141,13 +139,18 @@ class _Reader:
         for path, source in zip(self._folders, sources, strict=False):
             if not path.is_dir():
                 raise ValueError(f"{path} is not a folder; it must be one with {source}.")
-        for self.layout in published.layouts:
-            self._files = self.layout.files(folder)
-            if any(split == "test" for split, _ in self._files):
-                return
-        patterns = " or ".join(layout.shown for layout in published.layouts)
+        self.layout, self._files = self._find(folder)
+
+    def _find(self, folder: Path) -> tuple[Layout, Files]:
+        layouts = self._published.layouts
+        for layout in layouts:
+            files = layout.files(folder)
+            if any(split == "test" for split, _ in files):
+                return layout, files
+        patterns = " or ".join(layout.shown for layout in layouts)
         raise ValueError(
-            f"{folder} holds no test rows of {name}: these lie in {patterns} of {published.source}."
+            f"{folder} holds no test rows of {self._name}: these lie in {patterns} of"
+            f" {self._published.source}."
         )
 
     def english_rows(self, split: Split) -> list[Row]:
@@ -166,10 +169,11 @@ class _Reader:
         if split in self.layout.splits:
             layouts.insert(0, self.layout)
         source = self._published.english_source
+        elsewhere = f" of {source}, the folder english_path" if source else ""
         raise ValueError(
-            f"{' and '.join(map(str, self._folders))} hold no {split} rows of {self._name} in"
-            f" {self._english}: these lie in {' or '.join(layout.shown for layout in layouts)}"
-            f"{f' of {source}, the folder english_path' if source else ''}."
+            f"{' and '.join(map(str, self._folders))}: there are no {split} rows of {self._name} in"
+            f" {self._english}; these lie in {' or '.join(layout.shown for layout in layouts)}"
+            f"{elsewhere}."
         )
 
     def foreign_rows(self, languages: Sequence[str] | Literal["all"], english: bool) -> list[Row]:
@@ -194,7 +198,7 @@ class _Reader:
         return rows
 
 
-def _check_labels(rows: Iterable[Row], labels: Sequence[str], split: str) -> None:
+def _check_labels(rows: Iterable[Row], labels: Sequence[str], what: str) -> None:
     """ValueError unless the rows of each language have every label."""
     found: dict[str, set[str]] = collections.defaultdict(set)
     for row in rows:
@@ -202,18 +206,20 @@ def _check_labels(rows: Iterable[Row], labels: Sequence[str], split: str) -> Non
     for language, those in found.items():
         if missing := [label for label in labels if label not in those]:
             raise ValueError(
-                f"the {split} rows in {language} have no label {missing[0]!r}, which others have."
+                f"{what} in {language} have no label {missing[0]!r}; they must have each of"
+                f" {', '.join(map(repr, labels))}."
             )
 
 
-def _check_parallel(rows: Iterable[Row]) -> None:
+def _check_parallel(rows: Iterable[Row], path: str | Path) -> None:
     first: dict[str, Row] = {}
     for row in rows:
         other = first.setdefault(row["id"], row)
         if row["label"] != other["label"]:
             raise ValueError(
-                f"row {row['id']!r} has the label {row['label']!r} in {row['language']} and"
-                f" {other['label']!r} in {other['language']}; they must be the same."
+                f"{path}: the row {row['id']!r} has the label {row['label']!r} in"
+                f" {row['language']} and {other['label']!r} in {other['language']}; they must be"
+                " the same."
             )
 
 

@@ -87,13 +87,6 @@ class Layout:
     ) -> tuple[list[Row], int]:
         """The rows of one split, languages in the order of `codes`, each in that of its files; and
         how many were left out."""
-        columns: dict[str, type] = {"label": str, **COLUMNS[kind]}
-        columns |= dict.fromkeys((n for n in ("id", "split", "language") if n in self.names), str)
-        values = {"label": dict(zip(labels, labels, strict=True)), **self.values}
-        if "language" in self.names:
-            values["language"] = dict(self.languages or {})
-        if "split" in self.names:
-            values["split"] = {name: ours for ours, name in self.splits.items()}
         read: dict[Path, list[Row]] = {}
         rows: list[Row] = []
         left_out = 0
@@ -101,15 +94,7 @@ class Layout:
             of_language: list[Row] = []
             for path in files[split, code]:
                 if path not in read:
-                    read[path] = read_rows(
-                        path,
-                        columns=columns,
-                        optional=(),
-                        names=self.names,
-                        values=values,
-                        blank=self.blank,
-                        quoting=self.quoting,
-                    )
+                    read[path] = self._read_file(path, kind, labels)
                 of_language += [
                     row
                     for row in read[path]
@@ -126,6 +111,25 @@ class Layout:
                 else:
                     left_out += 1
         return rows, left_out
+
+    def _read_file(self, path: Path, kind: Kind, labels: Sequence[str]) -> list[Row]:
+        """All rows of a file, of whatever split and language."""
+        columns: dict[str, type] = {"label": str, **COLUMNS[kind]}
+        columns |= dict.fromkeys((n for n in ("id", "split", "language") if n in self.names), str)
+        values = {"label": dict(zip(labels, labels, strict=True)), **self.values}
+        if "language" in self.names:
+            values["language"] = dict(self.languages or {})
+        if "split" in self.names:
+            values["split"] = {theirs: ours for ours, theirs in self.splits.items()}
+        return read_rows(
+            path,
+            columns=columns,
+            optional=(),
+            names=self.names,
+            values=values,
+            blank=self.blank,
+            quoting=self.quoting,
+        )
 
 
 def is_blank(row: Row) -> bool:
