@@ -387,7 +387,9 @@ def test_xnli_of_the_zip_with_mnli(tmp_path):
         assert (read.kind, read.labels) == ("pair", tuple(sorted(NLI)))
         assert len(read.languages) == 15
         assert "arb_Arab" in read.languages and "swh_Latn" in read.languages
-        assert read.notes == ("1 train rows without a label or with a blank text are left out.",)
+        assert read.notes == (
+            "Left out, without a label or with a blank text: 1 of the train rows.",
+        )
         assert [row["label"] for row in read.train] == list(NLI)
         assert [row["text"] for row in read.train] == ["train 0", "train 1", "train 2"]
         assert [row["text"] for row in read.dev] == [f'en "dev premise {i}' for i in range(3)]
@@ -437,7 +439,7 @@ def test_nli_of_the_hub(tmp_path):
         tmp_path / "de/test-00000-of-00002.parquet"
     )
     assert message(tmp_path, "xnli", tmp_path) == (
-        "F/de holds 1 files like test-00000-of-00002.parquet, there must be 2."
+        "F/de: there must be 2 of files like test-00000-of-00002.parquet, 1 were found."
     )
 
 
@@ -573,7 +575,7 @@ def test_training_set_of_belebele(tmp_path):
     assert [row["label"] for row in read.train] == [row["label"] for row in read.dev] == [*"1234"]
     assert read.train[0]["context"] == 'He said:\n"No."\tThen'
     assert read.train[0]["choices"] == [*"abcd"]
-    assert read.notes == ("2 train rows without a label or with a blank text are left out.",)
+    assert read.notes == ("Left out, without a label or with a blank text: 2 of the train rows.",)
     assert message(tmp_path, "belebele", tmp_path).endswith(
         "these lie in belebele_training_set.tsv of assemble_training_set.py of"
         " github.com/facebookresearch/belebele, the folder english_path."
@@ -684,7 +686,8 @@ def test_americasnli(mtllm_data, tmp_path):
         assert [row["id"] for row in rows] == table["id"].to_list()
     blank = {row["id"] for row in read.test if not row["text"].strip()}
     assert blank == {"25576", "25577", "25578"}
-    assert any(note.startswith("3 test rows in nah_Latn have a blank") for note in read.notes)
+    note = "Kept and scored, though a text is blank in the published files: 3 of the test rows in"
+    assert f"{note} nah_Latn." in read.notes
     # Translations by row, against pandas.
     name = "data/translations/nllb-200-distilled-600M/americas_nli/gn_test.parquet"
     table = pd.read_parquet(mtllm_data / "americasnli_translated_nllb600m" / name)

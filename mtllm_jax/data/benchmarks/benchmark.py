@@ -193,7 +193,7 @@ class _Reader:
         rows, left_out = layout.read(files, kind, labels, split, codes)
         if left_out:
             self.notes.append(
-                f"{left_out} {split} rows without a label or with a blank text are left out."
+                f"Left out, without a label or with a blank text: {left_out} of the {split} rows."
             )
         return rows
 
@@ -263,11 +263,11 @@ def _notes(read: dict[Split, list[Row]], translated: Sequence[Row]) -> Iterable[
         blank = collections.Counter(row["language"] for row in rows if is_blank(row))
         for language, count in sorted(blank.items()):
             yield (
-                f"{count} {split} rows in {language} have a blank text in the published files;"
-                " they are kept and scored like others."
+                f"Kept and scored, though a text is blank in the published files: {count} of the"
+                f" {split} rows in {language}."
             )
     if blank_ones := sum(map(is_blank, translated)):
-        yield f"{blank_ones} translations hold a blank text and are scored like others."
+        yield f"Scored like others, though their text is blank: {blank_ones} of the translations."
     for code in dict.fromkeys(row["language"] for row in read.get("test", [])):
         if code in STAND_INS:
             yield f"An encoder without the code {code} is told {STAND_INS[code]} in its place."

@@ -69,8 +69,8 @@ class Layout:
         for key, paths in found.items():
             if len(paths) != parts[key]:
                 raise ValueError(
-                    f"{paths[0].parent} holds {len(paths)} files like {paths[0].name}, there must"
-                    f" be {parts[key]}."
+                    f"{paths[0].parent}: there must be {parts[key]} of files like {paths[0].name},"
+                    f" {len(paths)} were found."
                 )
         return found
 
