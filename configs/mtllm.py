@@ -38,7 +38,7 @@ def mini() -> c.MTLLM:
         english="eng_Latn",
         languages=LANGUAGES,
         adaptation_text="",
-        task=c.TaskFiles(),
+        task=c.TaskSource(),
         text=c.TextSizes(),
         mini_nllb=c.MiniNLLB(
             training=c.Training(

@@ -107,14 +107,19 @@ def _licence(folder: str) -> str:
     return name or "not stated in its folder"
 
 
+def _task_data(config: MTLLM) -> str:
+    if config.task.benchmark:
+        return f"the training rows of {config.task.benchmark}"
+    return epath.Path(config.task.train).name if config.task.train else "lists of names from CLDR"
+
+
 def _data(config: MTLLM) -> list[str]:
     """A line for each kind of text that was trained on."""
     own = config.adaptation_text
     lines = [
         "general adaptation, English: "
         + (epath.Path(own).name if own else "names, lists and facts from CLDR"),
-        "task, English: "
-        + (epath.Path(config.task.train).name if config.task.train else "lists of names from CLDR"),
+        f"task, English: {_task_data(config)}",
     ]
     if not config.encoder:
         lines.append("the MT encoder itself: names and lists from CLDR, X → English")

@@ -217,12 +217,52 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class TaskFiles:
-    """A user's own task: JSONL, CSV, TSV or Parquet files with columns text, label, language."""
+class TaskSource:
+    """What the systems are trained for and compared on; the embedded task where nothing is named.
 
-    train: str = ""  # English training rows; "" = the embedded task
-    test: str = ""  # rows to evaluate on; their languages are the ones evaluated
-    name: str = ""  # in tables and the report; "" = the training file's name
+    A published benchmark, or a user's own JSONL, CSV, TSV or Parquet files with the columns text
+    (and text_pair), label, language.
+    """
+
+    benchmark: str = ""  # the name of a published one: sib200, nusax, …; "" = own files
+    data: str = ""  # folder of the benchmark, a clone of its repository or the hub's files
+    english_data: str = ""  # folder of its English training rows, where it has none itself
+    translations: str = ""  # folder of published translations, for translate-test to read
+    train: str = ""  # own English training rows
+    test: str = ""  # own rows to evaluate on
+    languages: tuple[str, ...] = ()  # FLORES-200 codes that are evaluated; () = all that there are
+    limit: int = 0  # test rows of each language, labels in proportion; 0 = all
+    name: str = ""  # in tables and the report; "" = the benchmark's, or the training file's name
+
+    @property
+    def given(self) -> bool:
+        """Whether this is a task of the user's choice."""
+        return bool(self.benchmark or self.train)
+
+    def check(self) -> None:
+        require(
+            bool(self.train) == bool(self.test),
+            "task",
+            {"train": self.train, "test": self.test},
+            "both files or neither",
+        )
+        require(
+            not (self.benchmark and self.train),
+            "task.train",
+            self.train,
+            "empty where task.benchmark is given",
+        )
+        require(
+            bool(self.benchmark) == bool(self.data),
+            "task.data",
+            self.data,
+            "the folder of task.benchmark, and empty without one",
+        )
+        for field in ("english_data", "translations"):
+            value = getattr(self, field)
+            allowed = "empty where task.benchmark names none"
+            require(bool(self.benchmark) or not value, f"task.{field}", value, allowed)
+        require(self.limit >= 0, "task.limit", self.limit, "0 (all rows) or above")
 
 
 @dataclass(frozen=True)
@@ -234,6 +274,9 @@ class Evaluation:
     max_length: int  # tokens of a text, both sides; longer ones are cut
     max_new_tokens: int  # of a translation
     num_beams: int = 1  # hypotheses of a translation that are searched over; 1 = greedy
+    # That the LLM reads in its own tokens (zero-shot); () = all. Scripts that its tokenizer cuts
+    # into bytes make it many times as slow as the stack.
+    llm_languages: tuple[str, ...] = ()
 
     def check(self) -> None:
         for name, least in (("batch_rows", 1), ("max_length", 4), ("max_new_tokens", 1)):
@@ -258,7 +301,7 @@ class MTLLM:
     english: str  # FLORES-200 code of the language the LLM is adapted and trained in
     languages: tuple[str, ...]  # FLORES-200 codes of the embedded text beside English
     adaptation_text: str  # English text for stage 1; "" = the embedded text
-    task: TaskFiles
+    task: TaskSource
     # None: these settings are for checkpoints, texts and tasks of the user's own.
     text: TextSizes | None
     mini_nllb: MiniNLLB | None
@@ -307,18 +350,13 @@ class MTLLM:
             self.languages,
             f"languages other than {self.english}",
         )
-        require(
-            bool(self.task.train) == bool(self.task.test),
-            "task",
-            dataclasses.asdict(self.task),
-            "both files or neither",
-        )
         distinct = len(set(self.seeds)) == len(self.seeds)
         require(distinct, "seeds", self.seeds, "a list without repetitions")
         if self.text is not None:
             for name, size in dataclasses.asdict(self.text).items():
                 require(size >= 1, f"text.{name}", size, "at least 1")
         for group in (
+            self.task,
             self.mini_nllb,
             self.mini_llama,
             self.adaptation,
@@ -354,7 +392,7 @@ class MTLLM:
     def uses_embedded_text(self) -> bool:
         """Whether anything is trained or evaluated on the text that comes with this package."""
         own = self.stage1 or (self.encoder and self.llm and self.adaptation_text)
-        return not (own and self.task.train)
+        return not (own and self.task.given)
 
     def stages(self) -> dict[str, Training]:
         """The settings of the stages that are trained, by dotted name and in their order."""

@@ -10,27 +10,29 @@ import pandas as pd
 from mtllm_jax import distributed, scores
 from mtllm_jax.metrics import Console, Progress
 from mtllm_jax.runfolder import RunFolder
-from mtllm_jax.tasks.classification import Classification, Row
+from mtllm_jax.tasks.task import TEXTS, Row, Task
 
 Predict = Callable[[Sequence[Row]], list[str]]
 
 _TIMED_ROWS = 2048  # sequences per second are measured on about this many, after a first pass
-_KEPT = ("id", "language", "text", "label")  # of a row, beside the prediction
+_KEPT = ("id", "language", *TEXTS, "label")  # of a row, beside the prediction
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
     """One of the systems that are compared, as a function from rows to labels.
 
-    cold: the same without what it has kept from earlier calls (translations); what is timed.
+    timed: the same, with nothing kept from earlier calls (translations); None where the time would
+    tell nothing. covers: whether it answers a row; by default all.
     """
 
     predict: Predict
-    cold: Predict
+    timed: Predict | None
+    covers: Callable[[Row], bool] = lambda row: True
 
 
 def evaluate(
-    task: Classification,
+    task: Task,
     systems_of: Callable[[int], Mapping[str, System]],
     seeds: Sequence[int],
     *,
@@ -57,10 +59,11 @@ def evaluate(
         for number, (name, system) in enumerate(systems.items()):
             place = name if seed == seeds[0] else f"seed-{seed}/{name}"
             answers.setdefault(name, []).append(
-                _answers(task, system.predict, place, run, progress, number * rows)
+                _answers(task, system, place, run, progress, number * rows)
             )
-            if seed == seeds[0]:
-                cost[name] = _cost(task, system.cold, name, english, run)
+            if seed == seeds[0] and system.timed is not None:
+                timed_rows = _timed_rows(task, system, english)
+                cost[name] = _cost(system.timed, timed_rows, name, run)
         progress.close()
     results: dict[str, Any] = {"metric": "accuracy"}
     for test, suffix in zip(task.tests, ("", "_unseen"), strict=False):
@@ -74,22 +77,24 @@ def evaluate(
 
 
 def _answers(
-    task: Classification,
-    predict: Predict,
+    task: Task,
+    system: System,
     place: str,
     run: RunFolder,
     progress: Progress,
     done: int,
 ) -> pd.DataFrame:
-    """Every test row with a system's prediction: of an earlier start, or made and written now."""
+    """The test rows with a system's prediction: of an earlier start, or made and written now."""
     path = f"predictions/{place}.jsonl"
     if distributed.by_first((run.path / path).exists):
         return pd.DataFrame(run.read_jsonl(path))
     written: list[dict[str, str]] = []
-    for test, rows in task.tests.items():
-        predictions = predict(rows)
+    for test, every in task.tests.items():
+        rows = [row for row in every if system.covers(row)]
+        predictions = system.predict(rows)
         written += [
-            {name: row[name] for name in _KEPT} | {"prediction": prediction, "test": test}
+            {name: row[name] for name in _KEPT if name in row}
+            | {"prediction": prediction, "test": test}
             for row, prediction in zip(rows, predictions, strict=True)
         ]
         progress.update(done + len(written))
@@ -97,13 +102,10 @@ def _answers(
     return pd.DataFrame(written)
 
 
-def _cost(
-    task: Classification, predict: Predict, name: str, english: str, run: RunFolder
-) -> dict[str, float]:
+def _cost(predict: Predict, timed: Sequence[Row], name: str, run: RunFolder) -> dict[str, float]:
     path = f"evaluation/{name}.json"
     if distributed.by_first((run.path / path).exists):
         return dict(run.read_json(path))
-    timed = _timed_rows(task, english)
     predict(timed)
     started = time.perf_counter()
     predict(timed)
@@ -113,7 +115,8 @@ def _cost(
     return cost
 
 
-def _timed_rows(task: Classification, english: str) -> list[Row]:
-    """A stride through the headline test in all languages but English."""
-    rows = [row for row in next(iter(task.tests.values())) if row["language"] != english]
+def _timed_rows(task: Task, system: System, english: str) -> list[Row]:
+    """A stride through what a system answers of the headline test in all languages but English."""
+    headline = next(iter(task.tests.values()))
+    rows = [row for row in headline if row["language"] != english and system.covers(row)]
     return rows[:: max(1, len(rows) // _TIMED_ROWS)]

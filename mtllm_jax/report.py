@@ -114,7 +114,7 @@ def _context(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     page = _Page(results)
-    own = config.get("encoder") or config.get("llm") or config.get("task", {}).get("train")
+    own = config.get("encoder") or config.get("llm") or _own_task(config)
     other_facts = {name: facts[name] for name in facts if name not in ("scope", "versions")}
     return {
         "subject": page.subject,
@@ -137,6 +137,11 @@ def _context(
         "scope": facts.get("scope") or (OWN_SCOPE if own else MINI_SCOPE),
         "steps": [step for step in next_steps(run_folder) if step[0] != "report"],
     }
+
+
+def _own_task(config: Mapping[str, Any]) -> bool:
+    task = config.get("task", {})
+    return bool(task.get("train") or task.get("benchmark"))
 
 
 class _Page:

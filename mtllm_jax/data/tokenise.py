@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import sentencepiece
@@ -35,6 +35,7 @@ _M2M100_NAMES = {
     "tsn_Latn": "tn",
 }
 
+Text = TypeVar("Text")
 Ids = list[np.ndarray]  # one int32 array of token ids per text
 
 # What transformers says at import about libraries that are absent is no concern of ours.
@@ -71,11 +72,12 @@ def translation_tokenizer(
 
 
 def encode_cut(
-    encode: Callable[[Sequence[str], int], Ids], texts: Sequence[str], length: int
+    encode: Callable[[Sequence[Text], int], Ids], texts: Sequence[Text], length: int
 ) -> tuple[Ids, int]:
     """Tokens of each text, `length` at most, and how many texts have more of them.
 
-    encode: (texts, most tokens) → tokens. A text that is too long is encoded again.
+    texts: of any kind that `encode` reads, (texts, most tokens) → tokens. One that is too long is
+    encoded again.
     """
     rows = encode(texts, length + 1)
     long = [i for i, row in enumerate(rows) if len(row) > length]

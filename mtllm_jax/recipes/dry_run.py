@@ -24,7 +24,7 @@ from mtllm_jax.recipes.job import Job
 from mtllm_jax.recipes.systems import Made, build_systems, train
 from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.schema import to_dict
-from mtllm_jax.tasks.classification import Row
+from mtllm_jax.tasks.task import Row
 
 _SIZES = TextSizes(
     train_pairs=400,

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +11,10 @@ from etils import epath
 from flax import nnx
 
 from mtllm_jax import sharding
-from mtllm_jax.config import MTLLM, SIDES, naming, require
+from mtllm_jax.config import MTLLM, SIDES, TaskSource, naming, require
 from mtllm_jax.data.babel import check_languages
-from mtllm_jax.data.files import label_names, read_rows, read_texts
+from mtllm_jax.data.benchmarks import Benchmark, read_benchmark, read_own, source_language
+from mtllm_jax.data.files import read_texts
 from mtllm_jax.data.prepare import maker_of
 from mtllm_jax.data.prepared import Prepared, is_prepared
 from mtllm_jax.data.tokenise import (
@@ -38,7 +38,7 @@ from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
 from mtllm_jax.ops.attention import check_attention
 from mtllm_jax.runfolder import read_json
-from mtllm_jax.tasks.classification import Classification
+from mtllm_jax.tasks.task import Row, Task
 
 REVISIONS = "revisions.json"  # in a run folder: {field: commit} of models named on the hub
 
@@ -57,7 +57,7 @@ class Inputs:
     config: MTLLM
     revisions: Mapping[str, str]
     mesh: jax.sharding.Mesh
-    task: Classification | None
+    task: Task | None
     adaptation_text: Sequence[str] | Prepared | None
 
 
@@ -99,11 +99,11 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     if config.uses_embedded_text():
         with naming("languages"):
             check_languages(config.languages)
-    if not config.task.train:
+    if not config.task.given:
         with naming("languages"):
             for code in config.languages:
                 check_language(code, readable)
-    task = read_task(config, readable) if config.task.train else None
+    task = read_task(config, readable) if config.task.given else None
     tokenizers = [source]
     if config.translator:
         tests = task.tests.values() if task else []
@@ -166,30 +166,63 @@ def adapter_key(i: int) -> str:
     return f"llm_adapters.{i}"
 
 
-def read_task(config: MTLLM, readable: Sequence[str]) -> Classification:
-    """The user's own task. readable: the languages that its test rows may be in."""
-    columns = {"text": str, "label": str, "language": str}
-    files, english = config.task, config.english
-    with naming("task.train"):
-        train = read_rows(
-            files.train, columns=columns, defaults={"language": english}, languages=(english,)
-        )
-        labels = label_names(train)
-        if len(labels) < 2:
-            raise ValueError(f"{files.train} holds one label alone, {labels[0]!r}")
-    with naming("task.test"):
-        test = read_rows(files.test, columns=columns, labels=labels, languages=readable)
+def read_task(config: MTLLM, readable: Sequence[str]) -> Task:
+    """The user's own task. readable: the languages that the encoder knows; () = all there are."""
+    source, english = config.task, config.english
+    with naming("task"):
+        if source.benchmark:
+            read = read_benchmark(
+                source.benchmark,
+                source.data,
+                languages=source.languages or "all",
+                english=english,
+                english_path=source.english_data or None,
+                translations=source.translations or None,
+                splits=("train", "test"),
+                limit=source.limit or None,
+            )
+        else:
+            read = read_own(
+                source.train,
+                source.test,
+                name=source.name,
+                english=english,
+                readable=readable,
+                limit=source.limit or None,
+            )
+        if read.kind == "choice":
+            raise ValueError(f"{read.name} is multiple choice, which is not trained yet")
+        test, notes = _readable_rows(source, read, readable)
         if all(row["language"] == english for row in test):
-            raise ValueError(
-                f"{files.test} holds rows in {english} alone; what is evaluated are other languages"
-            )
-    for name, rows in (("task.train", train), ("task.test", test)):
-        if "text_pair" in rows[0]:
-            raise ValueError(
-                f"config.{name}: {getattr(files, name[5:])} has a column 'text_pair'; a task of"
-                " classification is about single texts."
-            )
-    return Classification(files.name or Path(files.train).name.split(".")[0], train, {"test": test})
+            raise ValueError(f"{read.name} has no rows in another language than {english}")
+    kept = {(row["language"], row["id"]) for row in test}
+    translated = [row for row in read.translated if (row["language"], row["id"]) in kept]
+    name = source.name or read.name
+    return Task(name, read.labels, read.train, {"test": test}, translated, (*read.notes, *notes))
+
+
+def _readable_rows(
+    source: TaskSource, read: Benchmark, readable: Sequence[str]
+) -> tuple[list[Row], list[str]]:
+    """The test rows in languages that were asked for and the encoder knows, and what is left out.
+
+    ValueError for a language that was asked for by name and is not known.
+    """
+    unknown: dict[str, ValueError] = {}
+    for code in read.languages:
+        try:
+            source_language(code, readable)
+        except ValueError as error:
+            unknown[code] = error
+    asked = [code for code in source.languages if code in unknown]
+    if asked:
+        raise unknown[asked[0]]
+    wanted = {code for code in source.languages or read.languages if code not in unknown}
+    wanted |= {ENGLISH}
+    notes = []
+    if left_out := [code for code in unknown if not source.languages]:
+        notes = [f"Left out, as the encoder does not know them: {', '.join(left_out)}."]
+    return [row for row in read.test if row["language"] in wanted], notes
 
 
 def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
@@ -205,12 +238,13 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
             reasons[own] = f"config.{name} names the model"
     if not config.uses_embedded_text():
         reasons |= dict.fromkeys(("text", "text_seed"), "models, texts and task are your own")
-    if config.task.train:
-        reasons["evaluation.split"] = "config.task.test is what is evaluated"
-        if config.encoder:
-            reasons["languages"] = "the languages evaluated are those of config.task.test"
+    if config.task.given:
+        reasons["evaluation.split"] = "the task's test rows are what is evaluated"
+        if config.encoder or config.stage1:
+            reasons["languages"] = "the languages evaluated are those of the task's test rows"
     else:
-        reasons["task.name"] = "config.task.train is not given"
+        unread = ("task.name", "task.languages", "task.limit")
+        reasons |= dict.fromkeys(unread, "neither config.task.benchmark nor task.train is given")
     if config.stage1:
         reasons |= dict.fromkeys(("adaptation", "lora.start"), "config.stage1 brings its stage 1")
     if config.trained == "all":
@@ -231,7 +265,7 @@ def _check_sources(config: MTLLM) -> None:
         ("encoder", config.encoder, config.mini_nllb, "the Hugging Face folder of an encoder"),
         ("llm", config.llm, config.mini_llama, "the Hugging Face folder of an LLM"),
         ("adaptation_text", adaptation, config.text, "a file of English texts"),
-        ("task.train", config.task.train, config.text, "a file of labelled English texts"),
+        ("task.train", config.task.given, config.text, "a file of labelled English texts"),
     ):
         if not given and own is None:
             raise ValueError(

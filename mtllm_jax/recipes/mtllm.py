@@ -23,7 +23,7 @@ from mtllm_jax.report import write_report
 from mtllm_jax.results import results_table
 from mtllm_jax.runfolder import RunFolder, is_local
 from mtllm_jax.schema import to_dict
-from mtllm_jax.tasks.classification import Classification
+from mtllm_jax.tasks.task import Task
 from mtllm_jax.watch import Watch
 
 __all__ = ["check_workdir", "dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
@@ -85,7 +85,7 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
     console.print(results_table(results, folder.path, console.width))
 
 
-def facts(job: Job[MTLLM], task: Classification) -> dict[str, Any]:
+def facts(job: Job[MTLLM], task: Task) -> dict[str, Any]:
     """Versions and counts, for the report."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
     device = jax.devices()[0]
@@ -108,4 +108,5 @@ def facts(job: Job[MTLLM], task: Classification) -> dict[str, Any]:
     return found | {
         "labelled rows": f"{len(task.train)} in English",
         "test rows": sum(len(rows) for rows in task.tests.values()),
+        **({"notes": " ".join(task.notes)} if task.notes else {}),
     }

@@ -45,7 +45,7 @@ from mtllm_jax.models.stack import Stack, classification_head, llm_pooled, segme
 from mtllm_jax.objectives import Terms, classification, pooled_mse
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.runfolder import new_file
-from mtllm_jax.tasks.classification import Classification
+from mtllm_jax.tasks.task import Row, Task, texts_of
 from mtllm_jax.train import Objective, fit
 
 
@@ -289,7 +289,7 @@ def teacher_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
     return objective
 
 
-def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClassifier:
+def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
     """Stage 2a: fine-tune the LLM and a head on the task in English."""
     config, seed = job.config, job.stage_seed("teacher")
     training = config.teacher
@@ -313,27 +313,25 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Classification) -> LLMClas
         return nnx.merge(graph, trained, frozen)
 
 
-def _texts(task: Classification) -> list[str]:
-    return [row["text"] for row in task.train]
+def _source_rows(config: MTLLM, parts: Parts, task: Task, training: Training) -> Rows:
+    tokenizer = parts.source
 
+    def encode(rows: Sequence[Row], length: int) -> Ids:
+        texts, pairs = texts_of(rows)
+        return tokenizer.encode(texts, config.english, text_pairs=pairs, max_length=length)
 
-def _source_rows(config: MTLLM, parts: Parts, task: Classification, training: Training) -> Rows:
-    tokenizer, texts = parts.source, _texts(task)
-
-    def encode(texts: Sequence[str], length: int) -> Ids:
-        return tokenizer.encode(texts, config.english, max_length=length)
-
-    tokens, cut = encode_cut(encode, texts, training.source_length)
+    tokens, cut = encode_cut(encode, task.train, training.source_length)
     return _packed("source", tokens, cut, training.source_length, tokenizer.pad_id, training)
 
 
-def _target_rows(parts: Parts, task: Classification, training: Training) -> Rows:
-    tokenizer, texts = parts.target, _texts(task)
+def _target_rows(parts: Parts, task: Task, training: Training) -> Rows:
+    tokenizer = parts.target
 
-    def encode(texts: Sequence[str], length: int) -> Ids:
-        return tokenizer.encode(texts, max_length=length)
+    def encode(rows: Sequence[Row], length: int) -> Ids:
+        texts, pairs = texts_of(rows)
+        return tokenizer.encode(texts, text_pairs=pairs, max_length=length)
 
-    tokens, cut = encode_cut(encode, texts, training.target_length)
+    tokens, cut = encode_cut(encode, task.train, training.target_length)
     return _packed("target", tokens, cut, training.target_length, tokenizer.pad_id, training)
 
 
@@ -381,7 +379,7 @@ def distillation_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
 def task_distillation(
     job: Job[MTLLM],
     parts: Parts,
-    task: Classification,
+    task: Task,
     adapted: nnx.State,
     teacher: LLMClassifier,
 ) -> StackClassifier:
@@ -456,7 +454,7 @@ def add_difference(student: Llama, tuned: Llama, base: Llama) -> None:
 
 
 def _teacher_vectors(
-    job: Job[MTLLM], stage: Any, parts: Parts, task: Classification, teacher: LLMClassifier
+    job: Job[MTLLM], stage: Any, parts: Parts, task: Task, teacher: LLMClassifier
 ) -> np.ndarray:
     """The teacher's pooled state of every training text, computed once and stored. [texts, D]."""
     path = stage.path / "teacher_vectors.npy"
@@ -471,7 +469,8 @@ def _teacher_vectors(
         batch_rows=job.config.evaluation.batch_rows,
         mesh=job.mesh,
     )
-    vectors_MD = run(parts.target.encode(_texts(task), max_length=job.config.teacher.target_length))
+    (texts, pairs), length = texts_of(task.train), job.config.teacher.target_length
+    vectors_MD = run(parts.target.encode(texts, text_pairs=pairs, max_length=length))
     if distributed.is_first():
         with new_file(path) as file:
             np.save(file, vectors_MD)
@@ -543,7 +542,7 @@ def encoder_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
     return objective
 
 
-def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Classification) -> EncoderClassifier:
+def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderClassifier:
     """Tune the MT encoder's adapters and a head on the task in English [code]."""
     config, seed = job.config, job.stage_seed("mt_encoder")
     training = config.mt_encoder

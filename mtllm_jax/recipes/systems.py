@@ -16,6 +16,7 @@ import numpy as np
 from mtllm_jax import distributed, sharding
 from mtllm_jax.config import MTLLM
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
+from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.prepared import Prepared
 from mtllm_jax.data.tokenise import translation_tokenizer
 from mtllm_jax.decode import translate
@@ -29,9 +30,10 @@ from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
 from mtllm_jax.runfolder import RunFolder
-from mtllm_jax.tasks.classification import Classification, Row
+from mtllm_jax.tasks.task import TEXTS, Row, Task, texts_of
 
-IntoEnglish = Callable[[Sequence[Row]], list[str]]  # rows → their texts in English
+# Texts, and the language of each → the texts in English.
+Translate = Callable[[Sequence[str], Sequence[str]], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Made:
 
     translator_folder: str | None  # of what translate-test translates with
     parts: stacking.Parts
-    task: Classification
+    task: Task
     english: Sequence[str] | Prepared | None  # texts of stage 1; None where it was done before
     tuned: Mapping[int, Tuned]  # by seed
 
@@ -66,11 +68,13 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     llm_folder = config.llm or os.fspath(mini_models.mini_llama(job, text()))
     translator_folder = config.translator or encoder_folder
     translates = has_decoder(translator_folder)
-    if not translates:
+    if not translates and not task.translated:
         job.console.print(
             "Translate-test is left out: config.encoder cannot translate, and config.translator,"
             " which names an NLLB model that can, is empty."
         )
+    for note in task.notes:
+        job.console.print(note)
     describe_model(job.run, task, encoder_folder, llm_folder, config.llm_adapters)
     parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh, job.console)
     if english is None:
@@ -111,7 +115,7 @@ def embedded_text(job: Job[MTLLM]) -> TextDataset:
 
 
 def describe_model(
-    run: RunFolder, task: Classification, encoder: str, llm: str, llm_adapters: Sequence[str]
+    run: RunFolder, task: Task, encoder: str, llm: str, llm_adapters: Sequence[str]
 ) -> None:
     """Write model.json: what, beside config.json, it takes to use the run's weights.
 
@@ -135,7 +139,7 @@ def describe_model(
     run.write_json("model.json", about)
 
 
-def embedded_task(text: TextDataset, split: str) -> Classification:
+def embedded_task(text: TextDataset, split: str) -> Task:
     """Region of a short list of names, labelled in English alone."""
 
     def rows(name: str) -> list[Row]:
@@ -150,7 +154,9 @@ def embedded_task(text: TextDataset, split: str) -> Classification:
         ]
 
     tests = {test: rows(f"{split}_{test}") for test in ("seen", "unseen")}
-    return Classification("region of a list of names", rows("task_train"), tests)
+    train = rows("task_train")
+    labels = tuple(sorted({row["label"] for row in train}))
+    return Task("region of a list of names", labels, train, tests)
 
 
 def labels_by(run: Vectors, head: Linear, labels: Sequence[str]) -> Callable[..., list[str]]:
@@ -160,44 +166,79 @@ def labels_by(run: Vectors, head: Linear, labels: Sequence[str]) -> Callable[...
 
 
 def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, System]]:
-    """Seed → its systems by their names in results.json. Rows are translated once for all seeds."""
-    into_english = None
-    if made.translator_folder is not None:
-        into_english = translator(job.config, made.translator_folder, job.mesh)
-    remembering = into_english and remembered(into_english)
+    """Seed → its systems by their names in results.json. Translated is once for all seeds."""
+    config, task = job.config, made.task
+    translation = None
+    if made.translator_folder is not None and not task.translated:
+        translation = translator(config, made.translator_folder, job.mesh)
+    remembering = translation and remembered(translation)
+    given = {(row["language"], row["id"]): row for row in task.translated}
+
+    def read_by_llm(row: Row) -> bool:
+        wanted = config.evaluation.llm_languages
+        return not wanted or row["language"] in (config.english, *wanted)
+
+    def is_translated(row: Row) -> bool:
+        return row["language"] == config.english or (row["language"], row["id"]) in given
 
     def of_seed(seed: int) -> dict[str, System]:
-        tuned = made.tuned[seed]
-        found, by_llm = _direct_systems(job, made.parts, made.task, tuned)
-        systems = {name: System(predict, predict) for name, predict in found.items()}
-        if into_english is not None and remembering is not None:
-            systems["translate_test"] = System(
-                predict=lambda rows: by_llm(remembering(rows)),
-                cold=lambda rows: by_llm(into_english(rows)),
-            )
+        by_stack, by_llm, by_encoder = _readers(job, made.parts, task, made.tuned[seed])
+
+        def by_translating(translate: Translate) -> Predict:
+            return lambda rows: by_llm(in_english(rows, config.english, translate))
+
+        def by_given(rows: Sequence[Row]) -> list[str]:
+            return by_llm([given.get((row["language"], row["id"]), row) for row in rows])
+
+        systems = {
+            "mt_llm": System(by_stack, by_stack),
+            "llm_zero_shot": System(by_llm, by_llm, read_by_llm),
+            "mt_encoder": System(by_encoder, by_encoder),
+        }
+        if given:
+            # What its translations cost is not known here.
+            systems["translate_test"] = System(by_given, None, is_translated)
+        elif translation is not None and remembering is not None:
+            cold = by_translating(translation)
+            systems["translate_test"] = System(by_translating(remembering), cold)
         return systems
 
     return of_seed
 
 
-def remembered(into_english: IntoEnglish) -> IntoEnglish:
+def in_english(rows: Sequence[Row], english: str, translate: Translate) -> list[Row]:
+    """The rows with translations in the place of texts that are not in English."""
+    foreign = [row for row in rows if row["language"] != english]
+    columns = [name for name in TEXTS if foreign and name in foreign[0]]
+    languages = [row["language"] for row in foreign]
+    translated = translate(
+        [row[name] for name in columns for row in foreign], languages * len(columns)
+    )
+    by_column = [translated[i * len(foreign) :][: len(foreign)] for i in range(len(columns))]
+    replaced = iter(
+        {**row, **dict(zip(columns, cells, strict=True))}
+        for row, *cells in zip(foreign, *by_column, strict=True)
+    )
+    return [row if row["language"] == english else next(replaced) for row in rows]
+
+
+def remembered(translate: Translate) -> Translate:
     """The same, which translates no text twice."""
     known: dict[tuple[str, str], str] = {}
 
-    def translated(rows: Sequence[Row]) -> list[str]:
-        keys = [(row["language"], row["text"]) for row in rows]
-        fresh = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
-        if fresh:
-            known.update(zip(fresh, into_english(list(fresh.values())), strict=True))
+    def translated(texts: Sequence[str], languages: Sequence[str]) -> list[str]:
+        keys = list(zip(texts, languages, strict=True))
+        if fresh := list(dict.fromkeys(key for key in keys if key not in known)):
+            known.update(zip(fresh, translate(*zip(*fresh, strict=True)), strict=True))
         return [known[key] for key in keys]
 
     return translated
 
 
-def _direct_systems(
-    job: Job[MTLLM], parts: stacking.Parts, task: Classification, tuned: Tuned
-) -> tuple[dict[str, Predict], Callable[[Sequence[str]], list[str]]]:
-    """The systems that read rows as they are, and the teacher on texts in English."""
+def _readers(
+    job: Job[MTLLM], parts: stacking.Parts, task: Task, tuned: Tuned
+) -> tuple[Predict, Predict, Predict]:
+    """Rows → labels, by the stack, by the task's teacher and by the MT encoder."""
     config, limits = job.config, job.config.evaluation
 
     def runner(forward_and_state: Any, pad_id: int) -> Vectors:
@@ -206,9 +247,15 @@ def _direct_systems(
         )
 
     def source_tokens(rows: Sequence[Row]) -> list[np.ndarray]:
-        languages = [row["language"] for row in rows]
-        texts = [row["text"] for row in rows]
-        return parts.source.encode(texts, languages, max_length=limits.max_length)
+        readable = parts.source.languages
+        languages = [source_language(row["language"], readable) for row in rows]
+        texts, pairs = texts_of(rows)
+        longest = limits.max_length
+        return parts.source.encode(texts, languages, text_pairs=pairs, max_length=longest)
+
+    def target_tokens(rows: Sequence[Row]) -> list[np.ndarray]:
+        texts, pairs = texts_of(rows)
+        return parts.target.encode(texts, text_pairs=pairs, max_length=limits.max_length)
 
     causal, dtype = not config.bidirectional, config.compute_dtype
     stack_forward = stacking.stack_forward(tuned.student.stack, causal=causal, dtype=dtype)
@@ -216,35 +263,29 @@ def _direct_systems(
     llm_run = runner(stacking.llm_forward(config, tuned.teacher), parts.target.pad_id)
     encoder_run = runner(stacking.encoder_forward(config, tuned.mt_encoder), parts.source.pad_id)
     by_stack = labels_by(stack_run, tuned.student.head, task.labels)
-    by_teacher = labels_by(llm_run, tuned.teacher.head, task.labels)
+    by_llm = labels_by(llm_run, tuned.teacher.head, task.labels)
     by_encoder = labels_by(encoder_run, tuned.mt_encoder.head, task.labels)
-
-    def by_llm(texts: Sequence[str]) -> list[str]:
-        return by_teacher(parts.target.encode(texts, max_length=limits.max_length))
-
-    return {
-        "mt_llm": lambda rows: by_stack(source_tokens(rows)),
-        "llm_zero_shot": lambda rows: by_llm([row["text"] for row in rows]),
-        "mt_encoder": lambda rows: by_encoder(source_tokens(rows)),
-    }, by_llm
+    return (
+        lambda rows: by_stack(source_tokens(rows)),
+        lambda rows: by_llm(target_tokens(rows)),
+        lambda rows: by_encoder(source_tokens(rows)),
+    )
 
 
-def translator(config: MTLLM, folder: str, mesh: jax.sharding.Mesh) -> IntoEnglish:
-    """Rows → their texts in English, translated by a folder's model where they are not in it."""
+def translator(config: MTLLM, folder: str, mesh: jax.sharding.Mesh) -> Translate:
+    """Texts and their languages → the texts in English, by a folder's model."""
     legacy = config.legacy_source_order
     tokenizer = translation_tokenizer(local_files(folder), legacy_source_order=legacy)
     # Its layers scanned whatever the config says: token by token that is the faster way.
     model = load_nllb(folder, mesh=mesh)
     limits = config.evaluation
 
-    def into_english(rows: Sequence[Row]) -> list[str]:
-        texts = [row["text"] for row in rows]
-        foreign = [i for i, row in enumerate(rows) if row["language"] != config.english]
-        translated = translate(
+    def translated(texts: Sequence[str], languages: Sequence[str]) -> list[str]:
+        return translate(
             model,
             tokenizer,
-            [texts[i] for i in foreign],
-            [rows[i]["language"] for i in foreign],
+            texts,
+            [source_language(code, tokenizer.languages) for code in languages],
             config.english,
             max_length=limits.max_length,
             max_new_tokens=limits.max_new_tokens,
@@ -252,8 +293,5 @@ def translator(config: MTLLM, folder: str, mesh: jax.sharding.Mesh) -> IntoEngli
             mesh=mesh,
             batch_size=limits.batch_rows,
         )
-        for i, text in zip(foreign, translated, strict=True):
-            texts[i] = text
-        return texts
 
-    return into_english
+    return translated
