@@ -15,7 +15,7 @@ from mtllm_jax.hf.encoder import check_encoder, has_decoder, load_encoder
 from mtllm_jax.models.bert import Bert, BertConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 from mtllm_jax.recipes.inputs import read_inputs
-from mtllm_jax.recipes.systems import translator
+from mtllm_jax.recipes.systems import in_english, translator
 from mtllm_jax.schema import resolve
 from mtllm_jax.sharding import make_mesh
 
@@ -90,12 +90,22 @@ def test_a_translator_of_its_own(own, folders):
     config = read(own | {"translator": str(folders / "m2m100")})
     rows = [dict(zip(("text", "label", "language"), row, strict=True)) for row in reduced.TEST]
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    into_english = translator(config, folders / "m2m100", mesh)
+    translate = translator(config, folders / "m2m100", mesh)
+
+    def into_english(rows):
+        return [row["text"] for row in in_english(rows, "eng_Latn", translate)]
+
     texts = into_english(rows)
     assert texts[0] == "Kenya"  # English is left as it is
     assert len(texts) == 4 and texts[1] != rows[1]["text"]
     alone = [into_english([row])[0] for row in rows]
     assert texts == alone
+    pairs = [
+        row | {"text_pair": other["text"]} for row, other in zip(rows, rows[::-1], strict=True)
+    ]
+    for row, text, pair in zip(pairs, texts, in_english(pairs, "eng_Latn", translate), strict=True):
+        known = row["language"] == "eng_Latn" or row["language"] == rows[0]["language"]
+        assert pair["text"] == text and (known or pair["text_pair"] != row["text_pair"])
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(tmp_path, own):
     arguments = (reduced.ARGUMENTS[0], *reduced.flags(own), f"--workdir={tmp_path}/new")
     done = reduced.train(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: config.task.test: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: config.task: ") and done.stderr.count("\n") == 1
     assert "b.jsonl, line 1" in done.stderr and "'language'" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -232,7 +232,7 @@ def test_languages(own):
         (
             "task.train",
             b"text\ttext_pair\tlabel\nKenya\tTogo\tAfrica\nPeru\tCuba\tAmerica\n",
-            "has a column 'text_pair'",
+            "b.jsonl holds rows of the kind text, and ",
         ),
         (
             "task.test",
@@ -263,13 +263,37 @@ def test_languages(own):
 def test_data_files(own, field, content, words):
     Path(own[field]).write_bytes(content)
     message = refusal(own)
-    assert message.startswith(f"config.{field}: {own[field]}") and words in message
+    assert message.startswith(f"config.{field.split('.')[0]}: ") and words in message
+    assert own[field] in message
 
 
 def test_a_data_file_that_is_not_there(own):
     for field in ("task.train", "task.test", "adaptation_text"):
         message = refusal(own | {field: "nowhere.jsonl"})
-        assert message.startswith(f"config.{field}: nowhere.jsonl")
+        assert message.startswith(f"config.{field.split('.')[0]}: nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task.benchmark": "sib200", "task.data": "D"}, "task.train is '.*a.tsv'; it must be em"),
+        ({"task.data": "D"}, "task.data is 'D'; it must be the folder of task.benchmark, and emp"),
+        ({"task.translations": "D"}, "task.translations is 'D'; it must be empty where task.benc"),
+        ({"task.test": ""}, "task is .* both files or neither"),
+        ({"task.limit": -1}, r"task.limit is -1; it must be 0 \(all rows\) or above"),
+    ],
+)
+def test_a_task_is_a_benchmark_or_own_files(own, changes, words):
+    with pytest.raises(ValueError, match=f"config.{words}"):
+        config(own | changes)
+
+
+def test_a_benchmark_that_is_not_there(own, tmp_path):
+    fields = {name: value for name, value in own.items() if not name.startswith("task")}
+    message = refusal(fields | {"task.benchmark": "sib20", "task.data": str(tmp_path)})
+    assert message.startswith("config.task: benchmark 'sib20' is not one of sib200, nusax")
+    message = refusal(fields | {"task.benchmark": "sib200", "task.data": str(tmp_path)})
+    assert message.startswith(f"config.task: {tmp_path} holds no test rows of sib200")
 
 
 def test_rows_that_the_devices_cannot_share():
@@ -540,7 +564,8 @@ def test_fields_without_effect_are_named(own):
     given = ["mini_nllb.width", "seed", "task.name", "mini_llama.width", "mini_nllb.ffn_width"]
     assert idle_fields(with_encoder, given) == (
         "without effect here: config.mini_nllb.width, config.mini_nllb.ffn_width"
-        " (config.encoder names the model); config.task.name (config.task.train is not given)."
+        " (config.encoder names the model); config.task.name (neither config.task.benchmark nor"
+        " task.train is given)."
     )
     everything = config(own)
     given = ["text.english", "text_seed", "evaluation.split", "languages", "mini_llama.width"]

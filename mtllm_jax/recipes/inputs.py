@@ -13,7 +13,13 @@ from flax import nnx
 from mtllm_jax import sharding
 from mtllm_jax.config import MTLLM, SIDES, TaskSource, naming, require
 from mtllm_jax.data.babel import check_languages
-from mtllm_jax.data.benchmarks import Benchmark, read_benchmark, read_own, source_language
+from mtllm_jax.data.benchmarks import (
+    STAND_INS,
+    Benchmark,
+    read_benchmark,
+    read_own,
+    source_language,
+)
 from mtllm_jax.data.files import read_texts
 from mtllm_jax.data.prepare import maker_of
 from mtllm_jax.data.prepared import Prepared, is_prepared
@@ -187,7 +193,7 @@ def read_task(config: MTLLM, readable: Sequence[str]) -> Task:
                 source.test,
                 name=source.name,
                 english=english,
-                readable=readable,
+                readable=[*readable, *(c for c in STAND_INS if STAND_INS[c] in readable)],
                 limit=source.limit or None,
             )
         if read.kind == "choice":
@@ -373,7 +379,7 @@ def _check_translator(config: MTLLM, languages: Iterable[str]) -> SourceTokenize
         tokenizer = translation_tokenizer(local_files(config.translator))
         _check_vocabulary(config.translator, tokenizer.vocab_size, sizes.vocab_size)
         for code in (config.english, *languages):
-            tokenizer.language_id(code)
+            source_language(code, tokenizer.languages)
     return tokenizer
 
 
