@@ -56,14 +56,18 @@ class Checkpointer:
         folder: epath.PathLike,
         *,
         keep_last: int = 2,
+        keep_every: int = 0,
         warn: Callable[[str], None] = print,
     ):
         """folder: local or gs://, made by the first save; keep_last: newest checkpoints kept;
-        warn: told in one sentence when `restore` had to leave checkpoints aside."""
+        keep_every: so are those of its multiples, 0 = none; warn: told in one sentence when
+        `restore` had to leave checkpoints aside."""
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}; it must be at least 1.")
+        if keep_every < 0:
+            raise ValueError(f"keep_every is {keep_every}; it must be 0 or above.")
         self._folder = _absolute(folder)
-        self._keep_last = keep_last
+        self._keep_last, self._keep_every = keep_last, keep_every
         self._warn = warn
         self._newest: int | None = None  # saved or restored by this object
         self._unusable: set[int] = set()
@@ -197,7 +201,10 @@ class Checkpointer:
         _seal(self._folder / str(step), about)
         _write_whole(self._folder / _NEWEST, str(step))
         self._unusable.discard(step)
-        kept = sorted(self._finished())[-self._keep_last :]
+        finished = sorted(self._finished())
+        kept = finished[-self._keep_last :]
+        if self._keep_every:
+            kept += [each for each in finished if each % self._keep_every == 0]
         for other, paths in self._steps().items():
             if other not in kept:
                 _remove(paths)

@@ -63,6 +63,8 @@ class Training:
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
     accumulation: int = 1  # micro-batches a batch is cut into
     checkpoint_every: int = 200  # steps
+    keep_last: int = 2  # checkpoints that are kept, the newest
+    keep_every: int = 0  # steps whose multiples' checkpoints are kept for good; 0 = none are
     workers: int = 0  # processes that read rows, in each that trains; 0 = threads of it
 
     def check(self, where: str, sides: tuple[str, ...]) -> None:
@@ -76,9 +78,15 @@ class Training:
         require(self.weight_decay >= 0, f"{where}.weight_decay", self.weight_decay, "0 or above")
         require(0 <= self.adam_b2 < 1, f"{where}.adam_b2", self.adam_b2, "from 0 to below 1")
         require(self.clip_norm >= 0, f"{where}.clip_norm", self.clip_norm, "0 (off) or above")
-        for name in ("accumulation", "checkpoint_every"):
+        for name in ("accumulation", "checkpoint_every", "keep_last"):
             value = getattr(self, name)
             require(value >= 1, f"{where}.{name}", value, "at least 1")
+        require(
+            self.keep_every >= 0 and self.keep_every % self.checkpoint_every == 0,
+            f"{where}.keep_every",
+            self.keep_every,
+            f"0 (none) or a multiple of checkpoint_every, {self.checkpoint_every}",
+        )
         require(self.workers >= 0, f"{where}.workers", self.workers, "0 (threads) or above")
         require(
             self.batch_rows % self.accumulation == 0,

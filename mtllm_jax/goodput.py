@@ -1,15 +1,16 @@
-"""Where the time of a stage goes, and how long its steps take."""
+"""Where the time of a stage and of a run goes, and how long steps take."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from mtllm_jax.runfolder import read_json, write_json
 
-# What time is spent on; all but the last is what steps wait for.
+# What a stage's time is spent on; all but the last is what steps wait for.
 KINDS = ("setup", "packing", "restore", "compile", "input", "save", "steps")
+FILE = "goodput.json"  # in the folder of a stage
 
 
 class Goodput:
@@ -46,6 +47,35 @@ class Goodput:
         self.to(self._kind)
         sums = {kind: round(seconds, 3) for kind, seconds in self.seconds.items()}
         write_json(self._path, sums | {"goodput": round(self.share, 4)})
+
+
+def of_run(
+    seconds: Mapping[str, float], trained: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """Where the time of all stages went: seconds by kind, and "goodput", the share of steps.
+
+    seconds: of each stage; trained: of those with steps, what lies in their files. Evaluation is
+    a stage and a kind of its own. What a stage does beside its training is "setup".
+    """
+    sums = dict.fromkeys((*KINDS, "evaluation"), 0.0)
+    for stage, whole in seconds.items():
+        told = {kind: trained.get(stage, {}).get(kind, 0.0) for kind in KINDS}
+        for kind, spent in told.items():
+            sums[kind] += spent
+        # A stage's seconds know nothing of starts that it was killed in, its file most of them.
+        sums["evaluation" if stage == "evaluation" else "setup"] += max(
+            0.0, whole - sum(told.values())
+        )
+    share = sums["steps"] / max(sum(sums.values()), 1e-9)
+    return {kind: round(spent, 2) for kind, spent in sums.items()} | {"goodput": round(share, 4)}
+
+
+def told(time: Mapping[str, float]) -> str:
+    """What `of_run` found, in a line: shares, the largest first."""
+    kinds = sorted((kind for kind in time if kind != "goodput"), key=lambda kind: -time[kind])
+    whole = max(sum(time[kind] for kind in kinds), 1e-9)
+    shares = ((kind, time[kind] / whole) for kind in kinds)
+    return ", ".join(f"{kind} {share:.1%}" for kind, share in shares if share >= 0.0005)
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

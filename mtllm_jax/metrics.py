@@ -72,8 +72,9 @@ class MetricsWriter:
                 raise ValueError(f"A metric is named {name!r}; it must be another name.")
             figure = float(value)
             line[name] = figure if math.isfinite(figure) else None
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with _naming(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
 
@@ -93,7 +94,8 @@ class MetricsWriter:
             self._kept.write_bytes(self._path.read_bytes())
 
     def close(self) -> None:
-        self._file.close()
+        with _naming(self._path):
+            self._file.close()
         self.sync()
 
     def __enter__(self) -> Self:
@@ -101,6 +103,16 @@ class MetricsWriter:
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say what could not be written, which the system does not where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        what = f"the metrics could not be written ({error.strerror})"
+        raise OSError(error.errno, what, str(path)) from error
 
 
 def read_metrics(path: epath.PathLike) -> pd.DataFrame:

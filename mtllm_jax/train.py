@@ -21,9 +21,9 @@ from mtllm_jax.config import Training
 from mtllm_jax.data.packing import Rows
 from mtllm_jax.data.pipeline import Batch, batches
 from mtllm_jax.flops import Flops
-from mtllm_jax.goodput import Goodput, percentiles
+from mtllm_jax.goodput import FILE, Goodput, percentiles
 from mtllm_jax.interrupt import Interrupted, graceful_stop
-from mtllm_jax.metrics import Console, MetricsWriter
+from mtllm_jax.metrics import Console, MetricsWriter, read_metrics
 from mtllm_jax.objectives import Terms
 from mtllm_jax.runfolder import StageFolder
 from mtllm_jax.watch import UNWATCHED, Sink, Watch
@@ -170,7 +170,7 @@ def fit(
     when the process, or any of several, is asked to stop, FloatingPointError after ten skipped
     steps in a row.
     """
-    goodput = Goodput(stage.path / "goodput.json")
+    goodput = Goodput(stage.path / FILE)
     # A copy: the step gives its buffers away, and the caller may hold them as someone's weights.
     trainable = sharding.place(jax.tree.map(jnp.copy, trainable), mesh)
     params_folder = stage.path / "params"
@@ -209,7 +209,12 @@ def fit(
         out_shardings=(sharding.shardings(state, mesh), None),
     )
     frozen_hash = tree_hash(frozen)
-    with Checkpointer(stage.checkpoints, warn=console.warn) as checkpointer:
+    with Checkpointer(
+        stage.checkpoints,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        warn=console.warn,
+    ) as checkpointer:
         goodput.to("restore")
         restored = checkpointer.restore(state, iterator, frozen_hash=frozen_hash)
         goodput.to("setup")
@@ -257,6 +262,15 @@ def fit(
     save_params(params_folder, state.trainable)
     goodput.write()
     stage.notes |= {"goodput": round(goodput.share, 4), "step_seconds": log.percentiles()}
+    if distributed.is_first():
+        # Those of earlier starts count too.
+        skipped = int(np.sum(read_metrics(stage.metrics).get("skipped", 0)))
+        stage.notes["skipped"] = skipped
+        if skipped:
+            console.warn(
+                f"{skipped} of {config.steps} steps were skipped, as their gradients were not"
+                " finite or their batches empty."
+            )
     return state.trainable
 
 

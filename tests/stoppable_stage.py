@@ -1,57 +1,78 @@
-"""A stage for tests to stop: python stoppable_stage.py FOLDER SECONDS_PER_BATCH
+"""A stage for tests to stop: python stoppable_stage.py --folder=FOLDER [--hold=N] [--workers=W]
 
-Noise, accumulation and packed rows: all whose place must come back. A batch takes its time, so
-that the parent process can stop it where it wants.
+All whose place must come back is on: shuffled and packed rows, accumulation, noise, dropout.
+It enters by the door of every command, as one of several processes where the environment says so.
 """
 
 import dataclasses
-import sys
+import functools
 import time
 
+import jax
 import tiny
+from absl import flags
 from etils import epath
 
-from mtllm_jax import config, sharding
-from mtllm_jax.data.pipeline import add_by_example
-from mtllm_jax.interrupt import Interrupted
+from mtllm_jax import cli, config, distributed, sharding
+from mtllm_jax.interrupt import last_stop
 from mtllm_jax.metrics import Console
 from mtllm_jax.runfolder import StageFolder
 from mtllm_jax.train import fit
 
-STEPS = 30
+FOLDER = flags.DEFINE_string("folder", None, "of the stage")
+HOLD = flags.DEFINE_integer("hold", -1, "batches that this start is given before it waits")
+WORKERS = flags.DEFINE_integer("workers", 0, "processes that read rows")
+
+STEPS = 40
 TRAINING = dataclasses.replace(
-    tiny.TRAINING, steps=STEPS, batch_rows=4, accumulation=2, checkpoint_every=7
+    tiny.TRAINING, steps=STEPS, batch_rows=8, accumulation=2, checkpoint_every=7
 )
 
 
-def main(folder: str, seconds: float) -> None:
-    noisy = config.Distillation(
-        training=TRAINING, start="stage1", noise_position=0.3, noise_text=0.4
-    )
-    stage = tiny.distillation(tiny.settings(distillation=noisy))
-    add = add_by_example(stage.tables)
+@functools.cache
+def stage():
+    noisy = config.Adaptation(training=TRAINING, noise_position=0.3, noise_text=0.4)
+    lora = config.LoRA(rank=4, alpha=8, dropout=0.1, targets=("all",))
+    return tiny.adaptation(tiny.settings(trained="lora", adaptation=noisy, lora=lora))
 
-    def slowly(batch):
-        time.sleep(seconds)
-        return add(batch)
 
+def hold(folder):
+    """An `add` that waits at batch `--hold` + 1 until it is asked to stop, or its mark is gone."""
+    given = 0
+
+    def add(batch):
+        nonlocal given
+        if given == HOLD.value:
+            mark = folder / f"held-{jax.process_index()}"
+            mark.touch()
+            while mark.exists() and not last_stop().requested:
+                time.sleep(0.01)
+            mark.unlink(missing_ok=True)
+        given += 1
+        return batch
+
+    return add
+
+
+def main():
+    distributed.start()
+    folder = epath.Path(FOLDER.value)
+    sharding.SMALLEST_SHARDED = 500  # these weights are small, and are to be cut all the same
+    made = stage()
     fit(
-        StageFolder(epath.Path(folder)),
+        StageFolder(folder),
         "a stage",
-        TRAINING,
-        objective=stage.objective,
-        trainable=stage.trainable,
-        frozen=stage.frozen,
-        rows=stage.rows,
-        mesh=sharding.make_mesh(config.Mesh()),
+        dataclasses.replace(TRAINING, workers=WORKERS.value),
+        objective=made.objective,
+        trainable=made.trainable,
+        frozen=made.frozen,
+        rows=made.rows,
+        mesh=sharding.make_mesh(config.Mesh(data=1, fsdp=-1)),
         seed=5,
         console=Console(),
-        add=slowly,
+        add=hold(folder),
     )
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1], float(sys.argv[2]))
-    except Interrupted as where:
-        sys.exit(f"interrupted: {where}")
+    cli.run_main(main, __doc__)

@@ -2,12 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,15 +88,6 @@ class Watched(Many):
         return super().__getitem__(row)
 
 
-class Deadly(Source):
-    """A source that ends the process which reads its last row."""
-
-    def __getitem__(self, row):
-        if row == NUM_ROWS - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(row)
-
-
 def positions(num_processes, batch_rows):
     """The rows of a batch that each process holds: in turn, as on a mesh that interleaves them."""
     return [np.arange(batch_rows)[i::num_processes] for i in range(num_processes)]
@@ -164,41 +149,6 @@ def test_a_position_holds_for_any_number_of_processes_and_workers():
     again = batches(Source(), batch_rows=4, seed=1)
     again.set_state(states[0])
     assert [batch["row"].tolist() for batch in take(again, 2)] == expected[4:]
-
-
-def test_a_worker_that_dies_is_an_error_and_no_shorter_epoch():
-    read = batches(Deadly(), batch_rows=1, seed=0, workers=1)
-    whole = order(seed=0, count=NUM_ROWS, batch_rows=1).tolist()
-    taken = []
-    with pytest.raises(RuntimeError, match="terminated unexpectedly"):
-        taken.extend(int(batch["row"][0]) for batch in itertools.islice(read, NUM_ROWS))
-    assert len(taken) <= whole.index(NUM_ROWS - 1)
-    read.close()
-
-
-def test_workers_end_with_their_process():
-    script = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "from test_pipeline import Source, batches\n"
-        "read = batches(Source(), batch_rows=2, seed=0, workers=1)\n"
-        "next(read); print('reading', flush=True)\n"
-        "while True: next(read)\n"
-    )
-    here = Path(__file__).parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, here, here.parent], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "reading\n"
-    children = Path(f"/proc/{process.pid}/task").glob("*/children")
-    workers = [child for file in children for child in file.read_text().split()]
-    assert workers
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline, "a worker outlived its process"
-        time.sleep(0.05)
 
 
 def test_what_a_batch_gets_beside_goes_by_its_own_rows():

@@ -20,6 +20,7 @@ from mtllm_jax.data.babel_tfds import build_text
 from mtllm_jax.data.packing import padded
 from mtllm_jax.data.tokenise import TargetTokenizer, translation_tokenizer
 from mtllm_jax.decode import greedy_translate
+from mtllm_jax.goodput import KINDS
 from mtllm_jax.hf.llama import load_llama
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.metrics import read_metrics
@@ -109,6 +110,11 @@ def test_results_are_of_their_form(mini_run):
             assert all(isinstance(value, float) and 0 <= value <= 1 for value in values)
     assert set(results["seconds"]) == {*TRAINED, "text", "evaluation"}
     assert all(value >= 0 for value in results["seconds"].values())
+    kinds = set(results["time"]) - {"goodput"}
+    assert kinds == {*KINDS, "evaluation"} and 0 < results["time"]["goodput"] < 1
+    whole = sum(results["seconds"].values())
+    assert sum(results["time"][kind] for kind in kinds) == pytest.approx(whole, abs=0.1)
+    assert results["time"]["evaluation"] == results["seconds"]["evaluation"]
     assert set(results["cost"]) == SYSTEMS
     assert all(cost["sequences_per_second"] > 0 for cost in results["cost"].values())
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import json
 
 import jax
@@ -12,82 +11,22 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from etils import epath
-from flax import nnx
+from linear_stage import (
+    FROZEN,
+    ROWS,
+    TRAINABLE,
+    TRAINING,
+    a_batch,
+    assert_same_trees,
+    run_fit,
+    start,
+    stepper,
+    values,
+)
 
-from mtllm_jax import sharding
-from mtllm_jax.config import Mesh, Training
-from mtllm_jax.metrics import Console, read_metrics
-from mtllm_jax.models.layers import param
-from mtllm_jax.runfolder import StageFolder
-from mtllm_jax.train import TrainState, fit, make_optimizer, train_step
-
-ROWS, IN, OUT = 12, 4, 3
-
-
-class Linear(nnx.Module):
-    """What is learnt: x · kernel + bias; what is frozen: a scale per output."""
-
-    def __init__(self):
-        init = nnx.initializers.normal(1.0)
-        rngs = nnx.Rngs(0)
-        self.kernel = param(rngs, (IN, OUT), ("embed", "classes"), init)
-        self.bias = param(rngs, (OUT,), ("classes",), init)
-        self.frozen_scale = param(rngs, (OUT,), ("classes",), init)
-
-
-GRAPH, FROZEN, TRAINABLE = nnx.split(Linear(), nnx.PathContains("frozen_scale"), ...)
-
-
-def squared_error(trainable, frozen, batch, key):
-    model = nnx.merge(GRAPH, frozen, trainable)
-    y = (batch["x"] @ model.kernel[...] + model.bias[...][None]) * model.frozen_scale[...][None]
-    errors = jnp.sum(jnp.square(y - batch["y"]), axis=1)
-    valid = batch["example"][:, 0] > 0
-    count = jnp.sum(valid.astype(jnp.float32))
-    return {"loss": (jnp.sum(errors * valid), count), "noise": (jax.random.normal(key), count)}
-
-
-def a_batch(seed=0, valid=None):
-    rng = np.random.default_rng(seed)
-    valid = np.ones(ROWS) if valid is None else np.asarray(valid)
-    return {
-        "x": rng.normal(size=(ROWS, IN)).astype(np.float32),
-        "y": rng.normal(size=(ROWS, OUT)).astype(np.float32),
-        "example": valid[:, None].astype(np.int32),
-    }
-
-
-def start(optimizer, trainable=TRAINABLE):
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        trainable=trainable,
-        opt_state=optimizer.init(trainable),
-        rng=jax.random.key(0),
-    )
-
-
-@functools.cache
-def stepper(optimizer, accumulation=1):
-    return jax.jit(
-        functools.partial(
-            train_step, objective=squared_error, optimizer=optimizer, accumulation=accumulation
-        )
-    )
-
-
-def values(tree):
-    """{path: array} of a state of parameters."""
-    flat = nnx.to_flat_state(tree)
-    return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
-
-
-def assert_same_trees(one, other):
-    def plain(x):
-        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(plain(a), plain(b)), one, other)
-
+from mtllm_jax.config import Training
+from mtllm_jax.metrics import read_metrics
+from mtllm_jax.train import make_optimizer, train_step
 
 # ---------------------------------------------------------------- the step
 
@@ -131,33 +70,6 @@ def test_every_step_and_micro_batch_draws_its_own_noise():
     np.testing.assert_allclose(
         terms["noise"][0], sum(float(jax.random.normal(key)) for key in keys), rtol=1e-6
     )
-
-
-def spoilt(kind):
-    batch = a_batch()
-    if kind == "nothing to count":
-        batch["example"][:] = 0
-    else:
-        batch["x"][3, 1] = float(kind)
-    return batch
-
-
-@pytest.mark.parametrize("kind", ["nothing to count", "nan", "inf", "1e30"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_step_without_a_sound_gradient_changes_nothing(kind, accumulation):
-    """Weights, moments and the schedule's count stay bit for bit; the step counts as skipped."""
-    optimizer = make_optimizer(Training(steps=10, batch_rows=ROWS, learning_rate=0.1))
-    step = stepper(optimizer, accumulation)
-    state, _ = step(start(optimizer), FROZEN, a_batch())
-    after, terms = step(state, FROZEN, spoilt(kind))
-    assert terms["skipped"] == (1, 1)
-    assert after.step == 2
-    assert_same_trees(
-        (after.trainable, after.opt_state, after.rng), (state.trainable, state.opt_state, state.rng)
-    )
-    final, terms = step(after, FROZEN, a_batch())
-    assert terms["skipped"] == (0, 1)
-    assert np.any(values(final.trainable)["kernel"] != values(state.trainable)["kernel"])
 
 
 # ---------------------------------------------------------------- the optimizer
@@ -263,35 +175,7 @@ def constants(program):
                 yield from constants(inner)
 
 
-def run_fit(folder, *, case=None, add=None, **changes):
-    """`fit` on the linear model's rows, or on those of a case of `tiny`. (result, what was said)"""
-    said = io.StringIO()
-    if case is None:
-        arrays = a_batch() | {"row": np.arange(ROWS, dtype=np.int32)}
-        source = [{name: array[i] for name, array in arrays.items()} for i in range(ROWS)]
-        given = (squared_error, TRAINABLE, FROZEN, lambda: source)
-        config = Training(steps=6, batch_rows=ROWS, learning_rate=0.05, checkpoint_every=4)
-    else:
-        stage = tiny.stage(case)
-        given = (stage.objective, stage.trainable, stage.frozen, stage.rows)
-        config = dataclasses.replace(tiny.TRAINING, steps=3)
-    objective, trainable, frozen, rows = given
-    result = fit(
-        StageFolder(epath.Path(folder)),
-        "a stage",
-        dataclasses.replace(config, **changes),
-        objective=objective,
-        trainable=trainable,
-        frozen=frozen,
-        rows=rows,
-        mesh=sharding.make_mesh(Mesh(), jax.devices()[:1]),
-        seed=3,
-        console=Console(said),
-        add=add,
-    )
-    return result, said.getvalue()
-
-
+@pytest.mark.slow
 def test_processes_that_read_rows_change_nothing(tmp_path):
     (by_threads, _), (by_one, _) = (run_fit(tmp_path / str(n), workers=n) for n in (0, 1))
     assert_same_trees(by_threads, by_one)
@@ -302,6 +186,7 @@ def leaves_of(folder):
     return set(json.loads((folder / "checksums.json").read_text())["checkpoint"]["leaves"])
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_nowhere_but_in_the_argument(tmp_path):
     """Not in the gradient, not in the optimizer, not on disk, and bitwise what they were."""
     stage = tiny.stage("adaptation-lora")
@@ -314,7 +199,14 @@ def test_frozen_weights_are_nowhere_but_in_the_argument(tmp_path):
     assert names and frozen_names and not names & frozen_names
     assert set(values(gradient)) == names
 
-    trained, _ = run_fit(tmp_path, case="adaptation-lora")
+    trained, _ = run_fit(
+        tmp_path,
+        objective=stage.objective,
+        trainable=stage.trainable,
+        frozen=stage.frozen,
+        rows=stage.rows,
+        config=dataclasses.replace(tiny.TRAINING, steps=3),
+    )
     assert_same_trees(stage.frozen, frozen)
     assert_same_trees(stage.trainable, trainable)
     assert all(np.any(values(trained)[name] != values(trainable)[name]) for name in names)
@@ -363,9 +255,7 @@ def test_metrics_are_those_of_each_step(tmp_path):
     run_fit(tmp_path)
     frame = read_metrics(tmp_path / "metrics.jsonl")
     assert list(frame["step"]) == [1, 2, 3, 4, 5, 6]
-    optimizer = make_optimizer(
-        Training(steps=6, batch_rows=ROWS, learning_rate=0.05, checkpoint_every=4)
-    )
+    optimizer = make_optimizer(TRAINING)
     state = start(optimizer)  # all rows are in every batch, so their order is nothing
     for loss in frame["loss"]:
         state, terms = stepper(optimizer)(state, FROZEN, a_batch())
@@ -373,21 +263,23 @@ def test_metrics_are_those_of_each_step(tmp_path):
     assert np.all(frame["skipped"] == 0)
 
 
-def spoil(batch, steps):
-    """An `add` that makes the gradient of some batches not a number; counts from 1."""
-    spoil.count += 1
-    if spoil.count in steps:
-        batch = {**batch, "x": batch["x"] * np.float32("nan")}
-    return batch
+def test_the_config_says_which_checkpoints_are_kept(tmp_path):
+    run_fit(tmp_path, checkpoint_every=1, keep_last=1, keep_every=2)
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"2", "4", "6", "newest"}
 
 
-def test_ten_skipped_steps_in_a_row_end_the_run(tmp_path):
-    spoil.count = 0
-    bad = {2, 4, *range(6, 15), *range(16, 40)}  # nine in a row are not ten
-    with pytest.raises(FloatingPointError, match=r"10 steps in a row .* not finite.* step 25, "):
-        run_fit(tmp_path, steps=60, checkpoint_every=100, add=functools.partial(spoil, steps=bad))
-    frame = read_metrics(tmp_path / "metrics.jsonl")
-    assert list(frame["step"]) == list(range(1, 26))
-    skipped = list(frame["step"][frame["skipped"] == 1])
-    assert skipped == sorted(bad)[: len(skipped)] and frame["loss"].isna().sum() == len(skipped)
-    assert not (tmp_path / "params").exists()
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("keep_last", 0, "at least 1"),
+        ("keep_every", -4, "0 .none. or a multiple of checkpoint_every, 4"),
+        ("keep_every", 6, "0 .none. or a multiple of checkpoint_every, 4"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(field, value, allowed):
+    config = dataclasses.replace(TRAINING, **{field: value})
+    with pytest.raises(
+        ValueError, match=rf"config.teacher.{field} is {value}; it must be {allowed}"
+    ):
+        config.check("teacher", ())

@@ -12,7 +12,7 @@ from tensorboardX.proto import event_pb2
 
 from mtllm_jax import watch
 from mtllm_jax.chips import CHIPS, chip_of
-from mtllm_jax.goodput import KINDS, Goodput, percentiles
+from mtllm_jax.goodput import KINDS, Goodput, of_run, percentiles, told
 from mtllm_jax.metrics import read_metrics
 
 
@@ -35,6 +35,22 @@ def test_seconds_add_up_by_kind_and_over_starts(tmp_path):
     two.write()
     assert two.seconds["setup"] == 11.0 and two.seconds["steps"] == 6.0
     assert json.loads(path.read_text())["goodput"] == 0.3
+
+
+def test_where_the_time_of_a_run_went():
+    """All seconds of all stages, each of one kind; what a killed start trained counts too."""
+    trained = {
+        "teacher": {"setup": 1.0, "compile": 2.0, "input": 0.5, "steps": 6.0, "goodput": 0.6},
+        "adaptation": {"restore": 1.0, "steps": 30.0, "goodput": 0.9},
+    }
+    seconds = {"text": 3.0, "adaptation": 20.0, "teacher": 10.0, "evaluation": 7.0}
+    time = of_run(seconds, trained)
+    sums = {"setup": 4.5, "compile": 2.0, "input": 0.5, "restore": 1.0, "steps": 36.0}
+    sums |= {"packing": 0.0, "save": 0.0, "evaluation": 7.0}
+    assert time == sums | {"goodput": round(36 / 51, 4)}
+    assert told(time) == (
+        "steps 70.6%, evaluation 13.7%, setup 8.8%, compile 3.9%, restore 2.0%, input 1.0%"
+    )
 
 
 def test_percentiles_of_step_times():

@@ -13,6 +13,7 @@ numbers of tokens; for each stream its tokens, text after text.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,7 @@ class Rows:
     pad_ids: Mapping[str, int]
     most_texts: int  # N
     counts: Counts
+    digest: str  # SHA-256 of the records, or of the files that hold them: tells rows from others
 
     def __len__(self) -> int:
         return len(self.records)
@@ -133,7 +135,11 @@ def in_memory(
     records: Sequence[bytes], lengths: Mapping[str, int], pad_ids: Mapping[str, int], counts: Counts
 ) -> Rows:
     """Rows from the records of all windows."""
-    return Rows(records, dict(lengths), dict(pad_ids), most_texts(records), counts)
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(record)
+    most = most_texts(records)
+    return Rows(records, dict(lengths), dict(pad_ids), most, counts, digest.hexdigest())
 
 
 def most_texts(records: Sequence[bytes]) -> int:

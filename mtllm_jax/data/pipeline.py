@@ -7,6 +7,9 @@ process reads its own rows of it and no others, and n says where a run stands, w
 of processes and of their workers. (The position of grain's own iterators depends on both.)
 """
 
+import dataclasses
+import functools
+import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -41,17 +44,28 @@ def batches(
     batch that this process holds, in this order; None = all. workers: processes that read; 0 =
     threads of this one. add: maps a batch to a batch with more arrays (labels, teacher vectors).
     A batch may span two epochs; nothing is dropped.
+
+    A position goes with its data: rows and `add` tell what they hold by a `digest`, a string, where
+    they have one.
     """
     data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
     places = np.arange(batch_rows)[slice(None) if mine is None else mine]
-    return Batches(_Local(data, batch_rows, places.tolist()), workers, add)
+    digests = [getattr(part, "digest", "") for part in (rows, add)]
+    return Batches(_Local(data, batch_rows, places.tolist()), workers, add, " ".join(digests))
 
 
 class Batches:
-    """What `batches` returns: the iterator, whose state is the number of the next global batch."""
+    """What `batches` returns: the iterator, whose state is the number of the next global batch, and
+    of which data."""
 
-    def __init__(self, local: "_Local", workers: int, add: Callable[[Batch], Batch] | None):
-        self._local, self._workers, self._add = local, workers, add
+    def __init__(
+        self,
+        local: "_Local",
+        workers: int,
+        add: Callable[[Batch], Batch] | None,
+        digest: str,
+    ):
+        self._local, self._workers, self._add, self._digest = local, workers, add, digest
         self._next = 0
         self._iterator: Any = None  # grain's, from batch `_next` on
 
@@ -62,14 +76,29 @@ class Batches:
         """{name: [B, ...]}. RuntimeError where a worker has died."""
         if self._iterator is None:
             self._iterator = self._open()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise RuntimeError(
+                "one of the workers that read rows was killed, as happens where memory is short; "
+                f"the same command goes on from the last checkpoint ({error})"
+            ) from None
         self._next += 1
         return batch if self._add is None else self._add(batch)
 
     def get_state(self) -> dict[str, Any]:
-        return {"batch": self._next}
+        return {"batch": self._next, "data": self._digest}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """ValueError if the position is one in other data."""
+        if state["data"] != self._digest:
+            raise ValueError(
+                "the data is not what it was at the last checkpoint: its texts, their labels or"
+                " their tokens have changed. Put them back as they were, or begin in another"
+                " workdir."
+            )
         self.close()
         self._next = int(state["batch"])
 
@@ -126,11 +155,23 @@ def add_by_example(tables: Mapping[str, np.ndarray]) -> Callable[[Batch], Batch]
     A segment without a text gets the first row of the table; `example` == 0 says so.
     """
 
-    def add(batch: Batch) -> Batch:
-        place_BN = np.maximum(batch["example"] - 1, 0)
-        return {**batch, **{name: table[place_BN] for name, table in tables.items()}}
+    return _ByExample(tables)
 
-    return add
+
+@dataclasses.dataclass(frozen=True)
+class _ByExample:
+    tables: Mapping[str, np.ndarray]
+
+    def __call__(self, batch: Batch) -> Batch:
+        place_BN = np.maximum(batch["example"] - 1, 0)
+        return {**batch, **{name: table[place_BN] for name, table in self.tables.items()}}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for table in self.tables.values():
+            digest.update(np.ascontiguousarray(table).data)
+        return digest.hexdigest()
 
 
 def by_length(lengths: Sequence[int], batch_rows: int) -> list[np.ndarray]:

@@ -116,6 +116,7 @@ class Prepared:
             pad_ids=made_from["pad_ids"],
             most_texts=max(shard["most_texts"] for shard in shards),
             counts=self.counts,
+            digest=hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest(),
         )
 
 

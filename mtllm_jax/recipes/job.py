@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from mtllm_jax import distributed
+from mtllm_jax import distributed, goodput
 from mtllm_jax.metrics import Console, duration
 from mtllm_jax.runfolder import RunFolder, StageFolder, read_json, write_json
 from mtllm_jax.watch import UNWATCHED, Watch
@@ -40,6 +40,14 @@ class Job(Generic[Config]):
     def seconds(self) -> dict[str, float]:
         """What each stage took."""
         return {name: done["seconds"] for name, done in self.stages.items()}
+
+    @property
+    def time(self) -> dict[str, float]:
+        """Seconds of all stages by what they went into, and the goodput of the run."""
+        files = {name: self.run.path / name / goodput.FILE for name in self.stages}
+        return goodput.of_run(
+            self.seconds, {name: read_json(file) for name, file in files.items() if file.exists()}
+        )
 
     @property
     def peak_memory_gb(self) -> float:

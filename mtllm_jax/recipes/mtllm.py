@@ -12,6 +12,7 @@ import mtllm_jax
 from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM
 from mtllm_jax.evaluation import evaluate
+from mtllm_jax.goodput import told
 from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.recipes import inputs as given
 from mtllm_jax.recipes.dry_run import dry_run
@@ -38,6 +39,11 @@ TRAINED_STAGES = {
 }
 
 
+def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
+    """Open all that the config names, as `inputs.read_inputs` does, and the run it begins with."""
+    return given.read_inputs(begun(config), revisions)
+
+
 def check_workdir(config: MTLLM, path: os.PathLike[str] | str) -> None:
     """Raise ValueError for a run in an object store that would make its own models or text."""
     if not is_local(path) and config.uses_embedded_text():
@@ -46,11 +52,6 @@ def check_workdir(config: MTLLM, path: os.PathLike[str] | str) -> None:
             " made in local folders; name your own encoder, llm, adaptation_text and task, or a"
             " local workdir."
         )
-
-
-def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
-    """Open all that the config names, as `inputs.read_inputs` does, and the run it begins with."""
-    return given.read_inputs(begun(config), revisions)
 
 
 def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watch: Watch) -> None:
@@ -72,10 +73,10 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
             console=console,
         )
     results = {"task": made.task.name, "seeds": list(config.task_seeds)} | scores
-    results |= {"seconds": job.seconds, "peak_memory_gb": job.peak_memory_gb}
-    folder.write_json("results.json", results)
     if not distributed.is_first():
         return
+    results |= {"seconds": job.seconds, "time": job.time, "peak_memory_gb": job.peak_memory_gb}
+    folder.write_json("results.json", results)
     curves = {
         title: read_metrics(folder.path / name / "metrics.jsonl")
         for name, title in TRAINED_STAGES.items()
@@ -97,6 +98,7 @@ def facts(job: Job[MTLLM], task: Task) -> dict[str, Any]:
         },
         "device": f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} CPU cores",
         "peak memory": f"{job.peak_memory_gb:.2f} GB",
+        "where time went": told(job.time),
     }
     if job.config.uses_embedded_text():
         text = job.run.read_json("text.json")
