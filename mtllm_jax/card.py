@@ -22,6 +22,8 @@ from mtllm_jax.results import (
     system_name,
     tests_of,
 )
+from mtllm_jax.runfolder import read_jsonl
+from mtllm_jax.tasks.task import TEXTS
 
 _PACKAGES = ("jax", "flax", "transformers")
 
@@ -48,16 +50,16 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
         license=same or "other",
         license_name=None if same else "see-base-models",
         model_name=f"MT-LLM, {run.task}",
-        pipeline_tag="text-classification",
+        pipeline_tag="multiple-choice" if run.num_choices else "text-classification",
         tags=["mt-llm", "cross-lingual", "mtllm_jax"],
     )
+    arguments, encode_arguments = _example(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["tojson_text"] = lambda text: json.dumps(text, ensure_ascii=False)
     return environment.get_template("model_card.md.j2").render(
         header=data.to_yaml(),
         task=run.task,
@@ -69,7 +71,10 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
         tables=_tables(run.results) if run.results else [],
         seeds=run.results["seeds"] if run.results else [],
         metric=run.results["metric"] if run.results else "",
-        example=_example(run),
+        auto="MultipleChoice" if run.num_choices else "SequenceClassification",
+        function="choose" if run.num_choices else "classify",
+        arguments=arguments,
+        encode_arguments=encode_arguments,
         versions=", ".join(
             f"{name} {version}"
             for name, version in [
@@ -183,7 +188,7 @@ def _eval_results(run: FinishedRun) -> list[EvalResult] | None:
         return None
     return [
         EvalResult(
-            task_type="text-classification",
+            task_type="multiple-choice" if run.num_choices else "text-classification",
             dataset_type="own",
             dataset_name=run.task,
             dataset_config=f"{test}: mean over languages other than English",
@@ -195,11 +200,18 @@ def _eval_results(run: FinishedRun) -> list[EvalResult] | None:
     ]
 
 
-def _example(run: FinishedRun) -> dict[str, str]:
-    """A row of the test, in another language than English where there is one."""
+def _example(run: FinishedRun) -> tuple[str, str]:
+    """Arguments of a call with a row of the test, in another language than English where there is
+    one: of `classify`, or of `choose`; and of `encode`, with its text."""
+    row: dict[str, Any] = {"language": run.config.english, "text": "…"}
+    if run.num_choices:
+        row = {"language": run.config.english, "context": "…", "question": "…?", "choices": ["…"]}
     path = run.path / "predictions" / "mt_llm.jsonl"
-    if not path.exists():
-        return {"text": "…", "language": run.config.english}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    foreign = [row for row in rows if row["language"] != run.config.english]
-    return (foreign or rows)[0]
+    if path.exists():
+        rows = read_jsonl(path)
+        row = next((row for row in rows if row["language"] != run.config.english), rows[0])
+    cells = {name: json.dumps([row[name]], ensure_ascii=False) for name in TEXTS if name in row}
+    lang = f'lang="{row["language"]}"'
+    first = next(iter(cells.values()))
+    pairs = [f"pairs={cells.pop('text_pair')}"] if "text_pair" in cells else []
+    return ", ".join([*cells.values(), lang, *pairs]), ", ".join([first, lang, *pairs])

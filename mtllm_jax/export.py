@@ -84,8 +84,8 @@ def _stack(
         folder,
         student.stack,
         head=student.head,
-        labels=run.labels,
-        kind="classification",
+        labels=() if run.num_choices else run.labels,
+        kind="multiple_choice" if run.num_choices else "classification",
         bidirectional=run.config.bidirectional,
         max_length=run.config.evaluation.max_length,
         languages=parts.source.languages,
@@ -97,8 +97,10 @@ def _stack(
         dtype=dtype,
         progress=console.progress_of_bytes("writing the stack"),
     )
-    auto = "transformers.AutoModelForSequenceClassification"
-    return f"{auto}.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+    auto = "MultipleChoice" if run.num_choices else "SequenceClassification"
+    return (
+        f"transformers.AutoModelFor{auto}.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+    )
 
 
 def _adapter(

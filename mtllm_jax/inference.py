@@ -14,12 +14,12 @@ from mtllm_jax import sharding
 from mtllm_jax.data.packing import padded
 from mtllm_jax.data.pipeline import by_length
 
-# (state, ids [B, S], segments [B, S]) → one vector per row, [B, D]
+# (state, ids [B, S], segments [B, S]) → one vector per row, [B, D], or one per choice, [B, C, D]
 Forward = Callable[[Any, Array, Array], Array]
 
 
 class Vectors:
-    """A forward pass as a function from tokenised texts to float32 vectors [texts, D].
+    """A forward pass as a function from tokenised texts to float32 vectors, [texts, D] or more.
 
     forward is compiled once per length (`packing.padded` has few). batch_rows: texts per forward
     pass; a multiple of the devices that rows are cut over (ValueError otherwise). Several processes
@@ -43,8 +43,13 @@ class Vectors:
         self._batch_rows = batch_rows
         self._mesh = mesh
 
-    def __call__(self, texts: Sequence[np.ndarray]) -> np.ndarray:
-        """In the order given. ValueError if there are none."""
+    def __call__(
+        self, texts: Sequence[np.ndarray], marks: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """In the order given. ValueError if there are none.
+
+        marks: what `forward` gets as segments at the tokens of each text, instead of 1.
+        """
         if not texts:
             raise ValueError("there are no texts to run through the model.")
         pending = []
@@ -52,6 +57,9 @@ class Vectors:
             chosen = [texts[i] for i in places]
             ways = self._mesh.shape["context"]
             rows = padded(chosen, "text", self._pad_id, rows=self._batch_rows, ways=ways)
+            if marks is not None:
+                for row, place in enumerate(places):
+                    rows["text_segments"][row, : len(marks[place])] = marks[place]
             batch = sharding.place_batch(rows, self._mesh)
             # Dispatch does not wait: the next batch is padded while this one is computed.
             pending.append(

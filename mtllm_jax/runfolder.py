@@ -79,8 +79,7 @@ class RunFolder:
         write_json(self.path / name, value)
 
     def read_jsonl(self, name: str) -> list[Any]:
-        # Not `splitlines`: it also ends lines at characters that JSON strings may hold.
-        return [json.loads(line) for line in (self.path / name).read_text().split("\n") if line]
+        return read_jsonl(self.path / name)
 
     def write_jsonl(self, name: str, rows: Iterable[Any]) -> None:
         write_jsonl(self.path / name, rows)
@@ -179,6 +178,12 @@ def read_json(path: epath.Path) -> Any:
         raise ValueError(f"{path} is not UTF-8 text.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def read_jsonl(path: epath.Path) -> list[Any]:
+    """The JSON values of a file that `write_jsonl` has written."""
+    # Not `splitlines`: it also ends lines at characters that JSON strings may hold.
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def write_json(path: epath.Path, value: Any) -> None:

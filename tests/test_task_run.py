@@ -1,6 +1,8 @@
-"""Runs of other tasks than the embedded one: pairs of texts, a published benchmark."""
+"""Runs of other tasks than the embedded one: pairs, multiple choice, a published benchmark."""
 
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -21,16 +23,22 @@ def finished(mini_run, tmp_path, fields):
     return tmp_path / "run", json.loads((tmp_path / "run" / "results.json").read_text())
 
 
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def predictions(run, system):
     return pd.read_json(run / "predictions" / f"{system}.jsonl", lines=True, dtype={"id": str})
 
 
 @pytest.mark.slow
-def test_pairs_of_texts(mini_run, tmp_path):
+def test_pairs_of_texts_and_their_export(mini_run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="the reference is torch")
     pd.DataFrame(PAIRS, columns=["text", "text_pair", "label"]).to_csv(
         tmp_path / "a.csv", index=False
     )
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TEST))
+    write_jsonl(tmp_path / "b.jsonl", TEST)
     own = {"task.train": tmp_path / "a.csv", "task.test": tmp_path / "b.jsonl"}
     run, results = finished(mini_run, tmp_path, own)
     assert results["task"] == "mine"
@@ -40,6 +48,61 @@ def test_pairs_of_texts(mini_run, tmp_path):
         assert frame.drop(columns=["prediction", "test"]).to_dict("records") == wanted
         right = [row.label == row.prediction for row in frame.itertuples()]
         assert results["systems"][system]["languages"] == {"deu_Latn": sum(right[1:]) / 2}
+    model = exported(tmp_path, transformers.AutoModelForSequenceClassification)
+    columns = ("text", "language", "text_pair")
+    texts, languages, pairs = ([row[name] for row in TEST] for name in columns)
+    shares = model.classify(texts, languages, pairs=pairs)
+    said = predictions(run, "mt_llm")["prediction"].tolist()
+    assert [next(iter(share)) for share in shares] == said
+
+
+def exported(tmp_path, auto):
+    """The run in `tmp_path` in PyTorch."""
+    done = subprocess.run(
+        [sys.executable, reduced.ROOT / "launch" / "export.py", "--workdir=run", "--to=out"],
+        cwd=tmp_path,
+        env=reduced.environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0 and auto.__name__ in done.stdout, done.stderr
+    return auto.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+
+
+CHOICES = [
+    {"text": "Africa", "question": "Which is in it?", "choices": ["Kenya", "Peru"], "label": 1},
+    {"text": "America", "question": "Which is in it?", "choices": ["Togo", "Cuba"], "label": 2},
+    {"text": "Africa", "question": "Which is in it?", "choices": ["Chile", "Ghana"], "label": 2},
+]
+
+
+@pytest.mark.slow
+def test_multiple_choice_and_its_export(mini_run, tmp_path):
+    """What is exported of it chooses in PyTorch as the run did."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="the reference is torch")
+    write_jsonl(tmp_path / "a.jsonl", CHOICES * 6)
+    foreign = [
+        row | {"choices": row["choices"][::-1], "label": 3 - row["label"]} for row in CHOICES
+    ]
+    rows = [row | {"language": "eng_Latn", "id": i} for i, row in enumerate(CHOICES)]
+    rows += [row | {"language": "deu_Latn", "id": i} for i, row in enumerate(foreign)]
+    write_jsonl(tmp_path / "b.jsonl", rows)
+    fields = {"task.train": tmp_path / "a.jsonl", "task.test": tmp_path / "b.jsonl"}
+    run, results = finished(mini_run, tmp_path, fields)
+    assert set(results["systems"]) == {"mt_llm", "llm_zero_shot", "mt_encoder", "translate_test"}
+    frame = predictions(run, "mt_llm")
+    assert frame["label"].tolist() == [row["label"] for row in rows]
+    assert set(frame["prediction"]) <= {1, 2}
+    model = exported(tmp_path, transformers.AutoModelForMultipleChoice)
+    shares = model.choose(
+        frame["context"].tolist(),
+        frame["question"].tolist(),
+        frame["choices"].tolist(),
+        frame["language"].tolist(),
+    )
+    assert [1 + row.index(max(row)) for row in shares] == frame["prediction"].tolist()
 
 
 @pytest.mark.slow

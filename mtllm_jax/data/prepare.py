@@ -65,8 +65,10 @@ class Maker:
     def window(self, window: Window) -> tuple[list[bytes], Counts]:
         """Tokenise and pack one window. Texts with nothing in them for one side are left out."""
         place, texts, numbers = window
-        sources, cut_sources = encode_cut(self._encode_source(place), texts, self.source_length)
-        targets, cut_targets = encode_cut(self._encode_target, texts, self.target_length)
+        sources, cut_sources = encode_cut(
+            self._encode_source(place), texts, self.source_length, len
+        )
+        targets, cut_targets = encode_cut(self._encode_target, texts, self.target_length, len)
         # What stands around every text, a language or BOS, is no text.
         frames = self.source.encode([""], self.english) + self.target.encode([""])
         kept = [

@@ -17,6 +17,8 @@ import numpy as np
 import sentencepiece
 
 from mtllm_jax.languages import ENGLISH, LANGUAGES, check_language
+from mtllm_jax.tasks.multiple_choice import choice_segments, choice_text, kept_tokens
+from mtllm_jax.tasks.task import Row
 
 SENTENCEPIECE_FILES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 
@@ -36,7 +38,9 @@ _M2M100_NAMES = {
 }
 
 Text = TypeVar("Text")
+Tokens = TypeVar("Tokens")
 Ids = list[np.ndarray]  # one int32 array of token ids per text
+Marked = tuple[Ids, list[np.ndarray]]  # ids, and a number at each token
 
 # What transformers says at import about libraries that are absent is no concern of ours.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -72,15 +76,18 @@ def translation_tokenizer(
 
 
 def encode_cut(
-    encode: Callable[[Sequence[Text], int], Ids], texts: Sequence[Text], length: int
-) -> tuple[Ids, int]:
+    encode: Callable[[Sequence[Text], int], list[Tokens]],
+    texts: Sequence[Text],
+    length: int,
+    size: Callable[[Tokens], int],
+) -> tuple[list[Tokens], int]:
     """Tokens of each text, `length` at most, and how many texts have more of them.
 
     texts: of any kind that `encode` reads, (texts, most tokens) → tokens. One that is too long is
-    encoded again.
+    encoded again. size: the number of tokens in what `encode` gives for a text.
     """
     rows = encode(texts, length + 1)
-    long = [i for i, row in enumerate(rows) if len(row) > length]
+    long = [i for i, row in enumerate(rows) if size(row) > length]
     for i, row in zip(long, encode([texts[i] for i in long], length), strict=True):
         rows[i] = row
     return rows, len(long)
@@ -133,6 +140,29 @@ class _Tokenizer:
         with self._lock:
             rows = self._encode_batch(texts, text_pairs, max_length)
         return [np.array(row, np.int32) for row in rows]
+
+    def _encode_choices(self, rows: Sequence[Row], max_length: int | None) -> Marked:
+        """Rows of multiple choice, each as one text of its context, question and choices."""
+        if self._backend is None:
+            raise ValueError(
+                f"{self._folder} has no tokenizer.json, which tells where choices stand in a text"
+            )
+        made = [choice_text(row["context"], row["question"], row["choices"]) for row in rows]
+        with self._lock:
+            self._backend.no_truncation()
+            encoded = self._backend.encode_batch([text for text, _ in made])
+        ids, marks = [], []
+        for row, (_, spans), encoding in zip(rows, made, encoded, strict=True):
+            kept = list(range(len(encoding.ids)))
+            try:
+                if max_length is not None:
+                    kept = kept_tokens(encoding.offsets, len(row["context"]), max_length)
+                segments = choice_segments([encoding.offsets[i] for i in kept], spans)
+            except ValueError as error:
+                raise ValueError(f"row {row['id']!r} in {row['language']}: {error}") from None
+            ids.append(np.array([encoding.ids[i] for i in kept], np.int32))
+            marks.append(np.array(segments, np.int32) + 1)
+        return ids, marks
 
     def _encode_batch(
         self, texts: Sequence[str], text_pairs: Sequence[str] | None, max_length: int | None
@@ -202,6 +232,21 @@ class SourceTokenizer(_Tokenizer):
                 "sampling_alpha is set, which works on single texts, not on text_pairs"
             )
         return self._told(rows, codes)
+
+    def encode_choices(
+        self, rows: Sequence[Row], language: str | Sequence[str], *, max_length: int | None = None
+    ) -> Marked:
+        """Token ids of rows of multiple choice, and at each token 1, or 1 + the number of the
+        choice it belongs to.
+
+        A longer row loses the end of its context. ValueError as `encode`, and for a row whose
+        question and choices alone are longer.
+        """
+        codes = [language] * len(rows) if isinstance(language, str) else list(language)
+        for code in set(codes):
+            check_language(code, self.languages)
+        ids, marks = self._encode_choices(rows, max_length)
+        return self._told(ids, codes), marks
 
     def _told(self, rows: Ids, codes: Sequence[str]) -> Ids:
         """The rows with what says their languages, here nothing."""
@@ -304,6 +349,12 @@ class NllbTokenizer(TranslationTokenizer):
         make = functools.partial(source_tokenizer, legacy_source_order=self._legacy_source_order)
         return make, (self._folder,)
 
+    def encode_choices(
+        self, rows: Sequence[Row], language: str | Sequence[str], *, max_length: int | None = None
+    ) -> Marked:
+        ids, marks = super().encode_choices(rows, language, max_length=max_length)
+        return ids, [np.roll(row, -1) for row in marks] if self._legacy_source_order else marks
+
     def _told(self, rows: Ids, codes: Sequence[str]) -> Ids:
         rows = super()._told(rows, codes)
         return [np.roll(row, -1) for row in rows] if self._legacy_source_order else rows
@@ -371,6 +422,10 @@ class TargetTokenizer(_Tokenizer):
         max_length: tokens with BOS; a longer text loses its end (of a pair, the longer first).
         """
         return self._encode(texts, text_pairs, max_length)
+
+    def encode_choices(self, rows: Sequence[Row], *, max_length: int | None = None) -> Marked:
+        """Rows of multiple choice, as `SourceTokenizer.encode_choices` has them."""
+        return self._encode_choices(rows, max_length)
 
 
 def _load(folder: str) -> Any:

@@ -16,6 +16,10 @@ from mtllm_jax.models.bridge import Bridge
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import Llama
 
+# Of rows of multiple choice: at each position the number of its choice, from 1 (else 0 or less),
+# and how many choices there are.
+Choices = tuple[Array, int]
+
 
 class Encoder(Protocol):
     """What the stack asks of a text encoder."""
@@ -49,15 +53,16 @@ class Stack(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         noise: tuple[float, float] = (0.0, 0.0),
         key: Array | None = None,
+        choices: Choices | None = None,
     ) -> Array:
         """Mean of the LLM's last states over each text's encoder positions. float32 [B, N, D].
 
-        The arguments are those of `hidden`.
+        With choices, over those of each choice instead. The other arguments are those of `hidden`.
         """
         h_BSD = self.hidden(
             ids_BS, segments_BS, num_texts, causal=causal, dtype=dtype, noise=noise, key=key
         )
-        return segment_mean(h_BSD, segments_BS, num_texts)
+        return segment_mean(h_BSD, *(choices or (segments_BS, num_texts)))
 
     def hidden(
         self,
@@ -93,8 +98,10 @@ def llm_pooled(
     causal: bool,
     dtype: DTypeLike = jnp.float32,
     key: Array | None = None,
+    choices: Choices | None = None,
 ) -> Array:
-    """The LLM's own pooled state of its own tokens, BOS included [code]. float32 [B, N, D]."""
+    """The LLM's own pooled state of its own tokens, BOS included [code]; with choices, of each of
+    them. float32 [B, N, D]."""
     h_BTD = llm.hidden(
         llm.embed(ids_BT, dtype),
         segments_BT,
@@ -102,7 +109,7 @@ def llm_pooled(
         packed=num_texts > 1,
         dropout_key=key,
     )
-    return segment_mean(h_BTD, segments_BT, num_texts)
+    return segment_mean(h_BTD, *(choices or (segments_BT, num_texts)))
 
 
 def segment_mean(h_BTD: Array, segments_BT: Array, num_texts: int) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM, TextSizes
+from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.prepared import Prepared
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
@@ -24,7 +25,7 @@ from mtllm_jax.recipes.job import Job
 from mtllm_jax.recipes.systems import Made, build_systems, train
 from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.schema import to_dict
-from mtllm_jax.tasks.task import Row
+from mtllm_jax.tasks.task import Row, texts_in
 
 _SIZES = TextSizes(
     train_pairs=400,
@@ -39,6 +40,7 @@ _ROWS_PER_LANGUAGE = 100  # tokenised, to count what the vocabularies lack
 _ANSWERED_PER_LANGUAGE = 2  # by each system
 _SHOWN_TEXTS = 3
 _SHOWN_TOKENS = 24
+_NO_LIMIT = 1 << 20  # tokens
 
 Group = TypeVar("Group")
 
@@ -150,43 +152,52 @@ def _show_task(
     console: Console,
 ) -> None:
     """Training and test rows with their tokens, and what the untrained systems say to them."""
-    task, source = made.task, made.parts.source
+    task = made.task
     console.print(f"\nTask: {task.name}", style="bold")
     console.print(f"  labels    {', '.join(task.labels)}")
     for row in task.train[:_SHOWN_TEXTS]:
-        _show_row("train", row, source.encode([row["text"]], row["language"])[0], console)
+        _show_row("train", row, _tokens(made.parts, [row])[0], console)
     foreign = [i for i, row in enumerate(rows) if row["language"] != config.english]
     for i in foreign[:_SHOWN_TEXTS]:
         row = rows[i]
-        _show_row("test", row, source.encode([row["text"]], row["language"])[0], console)
+        _show_row("test", row, _tokens(made.parts, [row])[0], console)
         said = ", ".join(f"{name} {answer[i]}" for name, answer in answers.items())
         console.print(f"            after one step: {said}")
 
 
+def _tokens(parts: stacking.Parts, rows: Sequence[Row]) -> list[np.ndarray]:
+    """As the encoder reads them, whole."""
+    readable = parts.source.languages
+    languages = [source_language(row["language"], readable) for row in rows]
+    return stacking.source_tokens(parts.source, rows, languages, _NO_LIMIT)[0]
+
+
 def _show_row(kind: str, row: Row, ids: np.ndarray, console: Console) -> None:
-    console.print(f"  {kind:<8}  {row['language']}  {row['text']!r} → {row['label']}")
+    texts = " | ".join(texts_in(row))
+    console.print(f"  {kind:<8}  {row['language']}  {texts!r} → {row['label']}")
     console.print(f"    ids       {_listed(ids)}")
 
 
 def _show_vocabularies(config: MTLLM, made: Made, console: Console) -> None:
     """What the tokenizers make of each language: long, unknown or cut texts show here."""
-    limit, source, target = config.evaluation.max_length, made.parts.source, made.parts.target
+    limit, source = config.evaluation.max_length, made.parts.source
     by_language = collections.defaultdict(list)
     for row in _test_rows(made):
-        by_language[row["language"]].append(row["text"])
+        by_language[row["language"]].append(row)
     table = []
-    for code, texts in by_language.items():
-        sample = texts[:_ROWS_PER_LANGUAGE]
-        read = source.encode(sample, code)
+    for code, rows in by_language.items():
+        sample = rows[:_ROWS_PER_LANGUAGE]
+        read = _tokens(made.parts, sample)
+        read_by_llm, _ = stacking.target_tokens(made.parts.target, sample, _NO_LIMIT)
         tokens = np.concatenate(read)
         table.append(
             (
                 code,
-                len(texts),
+                len(rows),
                 f"{len(tokens) / len(sample):.1f}",
                 f"{np.mean(tokens == source.unk_id):.1%}",
                 f"{np.mean([len(ids) > limit for ids in read]):.1%}",
-                f"{np.mean([len(ids) for ids in target.encode(sample)]):.1f}",
+                f"{np.mean([len(ids) for ids in read_by_llm]):.1f}",
             )
         )
     columns = ("test rows", "rows", "tokens a text", "unknown", "cut", "LLM tokens a text")

@@ -27,7 +27,7 @@ class FinishedRun:
 
     given: the config as it was given. config: the same with the folders of the two models and the
     LLM's adapters that the run started from, its own ones too. labels: the task's, in the order of
-    ids.
+    ids. num_choices: of a row, where the task is multiple choice, else 0.
     """
 
     path: epath.Path
@@ -35,6 +35,7 @@ class FinishedRun:
     config: MTLLM
     task: str
     labels: tuple[str, ...]
+    num_choices: int
 
     @functools.cached_property
     def results(self) -> dict[str, Any] | None:
@@ -53,7 +54,8 @@ class FinishedRun:
         self, parts: stacking.Parts
     ) -> tuple[stacking.LLMClassifier, stacking.StackClassifier]:
         """The task's teacher and the student. ValueError for weights missing or damaged."""
-        return stacking.load_trained(self.path, self.config, parts, len(self.labels))
+        outputs = 1 if self.num_choices else len(self.labels)
+        return stacking.load_trained(self.path, self.config, parts, outputs)
 
 
 def open_run(folder: str | os.PathLike[str], stage: str = "distillation") -> FinishedRun:
@@ -96,6 +98,7 @@ def open_run(folder: str | os.PathLike[str], stage: str = "distillation") -> Fin
         config=locate_models(models, revisions)[0],
         task=about["task"],
         labels=tuple(about["labels"]),
+        num_choices=about["choices"],
     )
 
 

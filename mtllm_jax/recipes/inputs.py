@@ -196,8 +196,6 @@ def read_task(config: MTLLM, readable: Sequence[str]) -> Task:
                 readable=[*readable, *(c for c in STAND_INS if STAND_INS[c] in readable)],
                 limit=source.limit or None,
             )
-        if read.kind == "choice":
-            raise ValueError(f"{read.name} is multiple choice, which is not trained yet")
         test, notes = _readable_rows(source, read, readable)
         if all(row["language"] == english for row in test):
             raise ValueError(f"{read.name} has no rows in another language than {english}")

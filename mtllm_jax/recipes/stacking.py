@@ -4,7 +4,8 @@ B rows, N texts per row, S encoder positions, T decoder positions, D LLM width, 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +20,11 @@ from mtllm_jax import distributed
 from mtllm_jax.checkpoint import load_params
 from mtllm_jax.config import MTLLM, Training
 from mtllm_jax.data.packing import Rows, pack
-from mtllm_jax.data.pipeline import add_by_example
+from mtllm_jax.data.pipeline import Batch, add_by_example
 from mtllm_jax.data.prepare import make_rows, maker_of
 from mtllm_jax.data.prepared import Prepared
 from mtllm_jax.data.tokenise import (
-    Ids,
+    Marked,
     SourceTokenizer,
     TargetTokenizer,
     encode_cut,
@@ -41,7 +42,13 @@ from mtllm_jax.models import lora
 from mtllm_jax.models.bridge import Bridge
 from mtllm_jax.models.layers import Linear, LoRAParam, split
 from mtllm_jax.models.llama import Llama
-from mtllm_jax.models.stack import Stack, classification_head, llm_pooled, segment_mean
+from mtllm_jax.models.stack import (
+    Choices,
+    Stack,
+    classification_head,
+    llm_pooled,
+    segment_mean,
+)
 from mtllm_jax.objectives import Terms, classification, pooled_mse
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.runfolder import new_file
@@ -263,14 +270,14 @@ class LLMClassifier(nnx.Module):
         self.head = head
 
 
-def new_teacher(config: MTLLM, parts: Parts, num_classes: int, seed: int) -> LLMClassifier:
+def new_teacher(config: MTLLM, parts: Parts, num_outputs: int, seed: int) -> LLMClassifier:
     """The LLM with what it may learn and a fresh head, as stage 2a starts."""
-    head = classification_head(parts.llm.config.width, num_classes, nnx.Rngs(seed))
+    head = classification_head(parts.llm.config.width, num_outputs, nnx.Rngs(seed))
     return LLMClassifier(with_adapters(config, parts.llm, seed + 1), head)
 
 
-def teacher_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
-    """Cross-entropy of the task's English labels."""
+def teacher_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int = 0) -> Objective:
+    """Cross-entropy of the task's English labels; of multiple choice, over a row's choices."""
     dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
 
     def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
@@ -283,10 +290,21 @@ def teacher_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
             causal=causal,
             dtype=dtype,
             key=key,
+            choices=_choices(batch, num_choices),
         )
-        return classification(model.head(pooled_BND), batch["label"], batch["example"] > 0)
+        return _classified(model.head(pooled_BND), batch, num_choices)
 
     return objective
+
+
+def _choices(batch: dict[str, Array], num_choices: int) -> Choices | None:
+    return (batch["marks"][:, 0] - 1, num_choices) if num_choices else None
+
+
+def _classified(logits: Array, batch: dict[str, Array], num_choices: int) -> Terms:
+    """logits: [B, N, C] of texts and their classes, or [B, C, 1] of the choices of a row."""
+    logits_BNC = jnp.swapaxes(logits, 1, 2) if num_choices else logits
+    return classification(logits_BNC, batch["label"], batch["example"] > 0)
 
 
 def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
@@ -294,54 +312,99 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
     config, seed = job.config, job.stage_seed("teacher")
     training = config.teacher
     with job.stage("teacher", "stage 2a, the task's English teacher") as stage:
-        model = new_teacher(config, parts, len(task.labels), seed)
+        model = new_teacher(config, parts, task.num_outputs, seed)
         graph, trainable, frozen = split(model, is_trained(config))
+        read = functools.cache(lambda: _target_rows(parts, task, training))
         trained = fit(
             stage,
             "stage 2a",
             training,
-            objective=teacher_objective(config, graph),
+            objective=teacher_objective(config, graph, task.num_choices),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _target_rows(parts, task, training),
+            rows=lambda: read().rows,
             mesh=job.mesh,
             seed=seed,
             console=job.console,
             watch=job.watch,
-            add=add_by_example({"label": task.label_ids(task.train)}),
+            add=lambda batch: read().add(batch, {"label": task.label_ids(task.train)}),
         )
         return nnx.merge(graph, trained, frozen)
 
 
-def _source_rows(config: MTLLM, parts: Parts, task: Task, training: Training) -> Rows:
-    tokenizer = parts.source
+@dataclasses.dataclass(frozen=True)
+class _TaskRows:
+    """A task's training rows as one side reads them; with choices, `marks` [texts, length]."""
 
-    def encode(rows: Sequence[Row], length: int) -> Ids:
-        texts, pairs = texts_of(rows)
-        return tokenizer.encode(texts, config.english, text_pairs=pairs, max_length=length)
+    rows: Rows
+    marks: np.ndarray | None
 
-    tokens, cut = encode_cut(encode, task.train, training.source_length)
-    return _packed("source", tokens, cut, training.source_length, tokenizer.pad_id, training)
-
-
-def _target_rows(parts: Parts, task: Task, training: Training) -> Rows:
-    tokenizer = parts.target
-
-    def encode(rows: Sequence[Row], length: int) -> Ids:
-        texts, pairs = texts_of(rows)
-        return tokenizer.encode(texts, text_pairs=pairs, max_length=length)
-
-    tokens, cut = encode_cut(encode, task.train, training.target_length)
-    return _packed("target", tokens, cut, training.target_length, tokenizer.pad_id, training)
+    def add(self, batch: Batch, tables: Mapping[str, np.ndarray]) -> Batch:
+        """The batch with what belongs to its texts."""
+        marks = {} if self.marks is None else {"marks": self.marks}
+        return add_by_example({**tables, **marks})(batch)
 
 
-def _packed(
-    stream: str, tokens: Ids, cut: int, length: int, pad_id: int, training: Training
-) -> Rows:
-    texts = [{stream: ids} for ids in tokens]
-    rows = pack(texts, {stream: length}, {stream: pad_id}, packing=training.packing)
+def _source_rows(config: MTLLM, parts: Parts, task: Task, training: Training) -> _TaskRows:
+    def encode(rows: Sequence[Row], length: int) -> Marked:
+        return source_tokens(parts.source, rows, [config.english] * len(rows), length)
+
+    length, pad_id = training.source_length, parts.source.pad_id
+    return _task_rows("source", encode, task, length, pad_id, training)
+
+
+def _target_rows(parts: Parts, task: Task, training: Training) -> _TaskRows:
+    def encode(rows: Sequence[Row], length: int) -> Marked:
+        return target_tokens(parts.target, rows, length)
+
+    length, pad_id = training.target_length, parts.target.pad_id
+    return _task_rows("target", encode, task, length, pad_id, training)
+
+
+def source_tokens(
+    tokenizer: SourceTokenizer, rows: Sequence[Row], languages: Sequence[str], length: int
+) -> Marked:
+    """A task's rows as the encoder reads them, and marks: of choices, else 1 at every token."""
+    if "choices" in rows[0]:
+        return tokenizer.encode_choices(rows, languages, max_length=length)
+    texts, pairs = texts_of(rows)
+    ids = tokenizer.encode(texts, languages, text_pairs=pairs, max_length=length)
+    return ids, [np.ones_like(row) for row in ids]
+
+
+def target_tokens(tokenizer: TargetTokenizer, rows: Sequence[Row], length: int) -> Marked:
+    """The same as the LLM reads them."""
+    if "choices" in rows[0]:
+        return tokenizer.encode_choices(rows, max_length=length)
+    texts, pairs = texts_of(rows)
+    ids = tokenizer.encode(texts, text_pairs=pairs, max_length=length)
+    return ids, [np.ones_like(row) for row in ids]
+
+
+def _task_rows(
+    stream: str,
+    encode: Callable[[Sequence[Row], int], Marked],
+    task: Task,
+    length: int,
+    pad_id: int,
+    training: Training,
+) -> _TaskRows:
+    def marked(rows: Sequence[Row], length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return list(zip(*encode(rows, length), strict=True)) if rows else []
+
+    texts, cut = encode_cut(marked, task.train, length, size=lambda text: len(text[0]))
+    # A row of choices has segments of its own within it, and so stands alone.
+    packing = training.packing and not task.num_choices
+    tokens = [{stream: ids} for ids, _ in texts]
+    rows = pack(tokens, {stream: length}, {stream: pad_id}, packing=packing)
     counts = dataclasses.replace(rows.counts, truncated={stream: cut})
-    return dataclasses.replace(rows, counts=counts)
+    rows = dataclasses.replace(rows, counts=counts)
+    if not task.num_choices:
+        return _TaskRows(rows, None)
+    table = np.zeros((len(texts), length), np.int32)
+    for row, (_, marks) in zip(table, texts, strict=True):
+        row[: len(marks)] = marks
+    return _TaskRows(rows, table)
 
 
 # ---------------------------------------------------------------- stage 2b: task distillation
@@ -355,8 +418,9 @@ class StackClassifier(nnx.Module):
         self.head = head
 
 
-def distillation_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
-    """MSE between the stack's pooled state and the stored one of the task's teacher."""
+def distillation_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int = 0) -> Objective:
+    """MSE between the stack's pooled state and the stored one of the task's teacher; of multiple
+    choice, those of every choice."""
     dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
     noise = (config.distillation.noise_position, config.distillation.noise_text)
 
@@ -370,8 +434,12 @@ def distillation_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
             dtype=dtype,
             noise=noise,
             key=key,
+            choices=_choices(batch, num_choices),
         )
-        return pooled_mse(student_BND, batch["teacher"], batch["example"] > 0)
+        if not num_choices:
+            return pooled_mse(student_BND, batch["teacher"], batch["example"] > 0)
+        valid_BC = jnp.broadcast_to(batch["example"] > 0, student_BND.shape[:2])
+        return pooled_mse(student_BND, batch["teacher"][:, 0], valid_BC)
 
     return objective
 
@@ -391,20 +459,21 @@ def task_distillation(
         if config.distillation.start == "stage1+teacher":
             add_difference(stack.llm, teacher.llm, parts.llm)
         graph, trainable, frozen = split(stack, is_trained(config))
-
+        vectors = _teacher_vectors(job, stage, parts, task, teacher)
+        read = functools.cache(lambda: _source_rows(config, parts, task, training))
         trained = fit(
             stage,
             "stage 2b",
             training,
-            objective=distillation_objective(config, graph),
+            objective=distillation_objective(config, graph, task.num_choices),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _source_rows(config, parts, task, training),
+            rows=lambda: read().rows,
             mesh=job.mesh,
             seed=seed,
             console=job.console,
             watch=job.watch,
-            add=add_by_example({"teacher": _teacher_vectors(job, stage, parts, task, teacher)}),
+            add=lambda batch: read().add(batch, {"teacher": vectors}),
         )
         return StackClassifier(nnx.merge(graph, trained, frozen), teacher.head)
 
@@ -416,7 +485,7 @@ def with_trained(config: MTLLM, model: Any, trained: nnx.State) -> Any:
 
 
 def load_trained(
-    run: epath.Path, config: MTLLM, parts: Parts, num_classes: int
+    run: epath.Path, config: MTLLM, parts: Parts, num_outputs: int
 ) -> tuple[LLMClassifier, StackClassifier]:
     """What stages 2a and 2b of a run ended with: the task's teacher and the student.
 
@@ -427,7 +496,7 @@ def load_trained(
         _, fresh, _ = split(model, is_trained(config))
         return with_trained(config, model, load_params(run / stage / "params", fresh))
 
-    teacher = trained(new_teacher(config, parts, num_classes, seed=0), "teacher")
+    teacher = trained(new_teacher(config, parts, num_outputs, seed=0), "teacher")
     stack = build_stack(config, parts, seed=0)
     if config.distillation.start == "stage1+teacher":
         # For the frozen weights' sake, beside adapters: what learnt is read in the next line.
@@ -456,12 +525,13 @@ def add_difference(student: Llama, tuned: Llama, base: Llama) -> None:
 def _teacher_vectors(
     job: Job[MTLLM], stage: Any, parts: Parts, task: Task, teacher: LLMClassifier
 ) -> np.ndarray:
-    """The teacher's pooled state of every training text, computed once and stored. [texts, D]."""
+    """The teacher's pooled state of every training text, computed once and stored: [texts, D], of
+    multiple choice [texts, C, D]."""
     path = stage.path / "teacher_vectors.npy"
     if distributed.by_first(path.exists):
         with path.open("rb") as file:
             return np.load(file)
-    forward, state = llm_forward(job.config, teacher)
+    forward, state = llm_forward(job.config, teacher, task.num_choices)
     run = Vectors(
         forward,
         state,
@@ -469,41 +539,55 @@ def _teacher_vectors(
         batch_rows=job.config.evaluation.batch_rows,
         mesh=job.mesh,
     )
-    (texts, pairs), length = texts_of(task.train), job.config.teacher.target_length
-    vectors_MD = run(parts.target.encode(texts, text_pairs=pairs, max_length=length))
+    vectors = run(*target_tokens(parts.target, task.train, job.config.teacher.target_length))
     if distributed.is_first():
         with new_file(path) as file:
-            np.save(file, vectors_MD)
-    return vectors_MD
+            np.save(file, vectors)
+    return vectors
 
 
 # ---------------------------------------------------------------- systems as forward functions
 
 
-def llm_forward(config: MTLLM, model: LLMClassifier) -> tuple[Forward, Any]:
-    """(forward, state): tokens of the LLM → pooled state [B, D]."""
+def _one_text(marks: Array, num_choices: int) -> tuple[Array, Choices | None]:
+    """Segments of rows of one text each, and their choices, from marks: 1, or 1 + a choice's."""
+    return jnp.minimum(marks, 1), (marks - 1, num_choices) if num_choices else None
+
+
+def llm_forward(config: MTLLM, model: LLMClassifier, num_choices: int = 0) -> tuple[Forward, Any]:
+    """(forward, state): tokens of the LLM → pooled state [B, D], or one of each choice."""
     graph, state = nnx.split(model.llm)
 
-    def forward(state: Any, ids_BT: Array, segments_BT: Array) -> Array:
-        return llm_pooled(
+    def forward(state: Any, ids_BT: Array, marks_BT: Array) -> Array:
+        segments_BT, choices = _one_text(marks_BT, num_choices)
+        pooled_BND = llm_pooled(
             nnx.merge(graph, state),
             ids_BT,
             segments_BT,
             1,
             causal=not config.bidirectional,
             dtype=jnp.dtype(config.compute_dtype),
-        )[:, 0]
+            choices=choices,
+        )
+        return pooled_BND if num_choices else pooled_BND[:, 0]
 
     return forward, state
 
 
-def stack_forward(stack: Stack, *, causal: bool, dtype: DTypeLike) -> tuple[Forward, Any]:
-    """(forward, state): tokens of the encoder → the stack's pooled state [B, D]."""
+def stack_forward(
+    stack: Stack, *, causal: bool, dtype: DTypeLike, num_choices: int = 0
+) -> tuple[Forward, Any]:
+    """(forward, state): tokens of the encoder → the stack's pooled state [B, D], or one of each
+    choice."""
     graph, state = nnx.split(stack)
 
-    def forward(state: Any, ids_BS: Array, segments_BS: Array) -> Array:
+    def forward(state: Any, ids_BS: Array, marks_BS: Array) -> Array:
         stack: Stack = nnx.merge(graph, state)
-        return stack.pooled(ids_BS, segments_BS, 1, causal=causal, dtype=dtype)[:, 0]
+        segments_BS, choices = _one_text(marks_BS, num_choices)
+        pooled_BND = stack.pooled(
+            ids_BS, segments_BS, 1, causal=causal, dtype=dtype, choices=choices
+        )
+        return pooled_BND if num_choices else pooled_BND[:, 0]
 
     return forward, state
 
@@ -519,25 +603,36 @@ class EncoderClassifier(nnx.Module):
         self.head = head
 
     def pooled(
-        self, ids_BS: Array, segments_BS: Array, num_texts: int, dtype: Any, key: Array | None
+        self,
+        ids_BS: Array,
+        segments_BS: Array,
+        num_texts: int,
+        dtype: Any,
+        key: Array | None,
+        choices: Choices | None,
     ) -> Array:
-        """Mean of the encoder's states over each text. float32 [B, N, E]."""
+        """Mean of the encoder's states over each text, or each choice. float32 [B, N, E]."""
         h_BSE = self.encoder.encode(
             ids_BS, segments_BS, dtype, dropout_key=key, packed=num_texts > 1
         )
-        return segment_mean(h_BSE, segments_BS, num_texts)
+        return segment_mean(h_BSE, *(choices or (segments_BS, num_texts)))
 
 
-def encoder_objective(config: MTLLM, graph: nnx.GraphDef) -> Objective:
-    """Cross-entropy of the task's English labels."""
+def encoder_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int = 0) -> Objective:
+    """Cross-entropy of the task's English labels, as `teacher_objective`."""
     dtype = jnp.dtype(config.compute_dtype)
 
     def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
         model: EncoderClassifier = nnx.merge(graph, trainable, frozen)
         pooled_BNE = model.pooled(
-            batch["source_ids"], batch["source_segments"], batch["example"].shape[1], dtype, key
+            batch["source_ids"],
+            batch["source_segments"],
+            batch["example"].shape[1],
+            dtype,
+            key,
+            _choices(batch, num_choices),
         )
-        return classification(model.head(pooled_BNE), batch["label"], batch["example"] > 0)
+        return _classified(model.head(pooled_BNE), batch, num_choices)
 
     return objective
 
@@ -549,34 +644,39 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderCla
     with job.stage("mt_encoder", "baseline, MT encoder + head") as stage:
         encoder = nnx.clone(parts.encoder)
         _attach(config, encoder, ("all",), seed)
-        head = classification_head(encoder.config.width, len(task.labels), nnx.Rngs(seed + 1))
+        head = classification_head(encoder.config.width, task.num_outputs, nnx.Rngs(seed + 1))
         model = EncoderClassifier(encoder, head)
         learns = nnx.Any(nnx.PathContains("head"), LoRAParam)
         graph, trainable, frozen = split(model, learns)
+        read = functools.cache(lambda: _source_rows(config, parts, task, training))
         trained = fit(
             stage,
             "MT encoder",
             training,
-            objective=encoder_objective(config, graph),
+            objective=encoder_objective(config, graph, task.num_choices),
             trainable=trainable,
             frozen=frozen,
-            rows=lambda: _source_rows(config, parts, task, training),
+            rows=lambda: read().rows,
             mesh=job.mesh,
             seed=seed,
             console=job.console,
             watch=job.watch,
-            add=add_by_example({"label": task.label_ids(task.train)}),
+            add=lambda batch: read().add(batch, {"label": task.label_ids(task.train)}),
         )
         return nnx.merge(graph, trained, frozen)
 
 
-def encoder_forward(config: MTLLM, model: EncoderClassifier) -> tuple[Forward, Any]:
-    """(forward, state): tokens of the encoder → its pooled state [B, E]."""
+def encoder_forward(
+    config: MTLLM, model: EncoderClassifier, num_choices: int = 0
+) -> tuple[Forward, Any]:
+    """(forward, state): tokens of the encoder → its pooled state [B, E], or one of each choice."""
     graph, state = nnx.split(model)
 
-    def forward(state: Any, ids_BS: Array, segments_BS: Array) -> Array:
+    def forward(state: Any, ids_BS: Array, marks_BS: Array) -> Array:
         model: EncoderClassifier = nnx.merge(graph, state)
+        segments_BS, choices = _one_text(marks_BS, num_choices)
         dtype = jnp.dtype(config.compute_dtype)
-        return model.pooled(ids_BS, segments_BS, 1, dtype, None)[:, 0]
+        pooled_BNE = model.pooled(ids_BS, segments_BS, 1, dtype, None, choices)
+        return pooled_BNE if num_choices else pooled_BNE[:, 0]
 
     return forward, state

@@ -5,6 +5,7 @@ D width, C classes.
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from mtllm_jax.config import MTLLM
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
 from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.prepared import Prepared
-from mtllm_jax.data.tokenise import translation_tokenizer
+from mtllm_jax.data.tokenise import Marked, translation_tokenizer
 from mtllm_jax.decode import translate
 from mtllm_jax.evaluation import Predict, System
 from mtllm_jax.hf.encoder import has_decoder
@@ -30,7 +31,7 @@ from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
 from mtllm_jax.runfolder import RunFolder
-from mtllm_jax.tasks.task import TEXTS, Row, Task, texts_of
+from mtllm_jax.tasks.task import Row, Task, texts_in, with_texts
 
 # Texts, and the language of each → the texts in English.
 Translate = Callable[[Sequence[str], Sequence[str]], list[str]]
@@ -132,6 +133,7 @@ def describe_model(
     about = {
         "task": task.name,
         "labels": task.labels,
+        "choices": task.num_choices,
         "encoder": told(encoder),
         "llm": told(llm),
         "llm_adapters": [told(folder) for folder in llm_adapters],
@@ -159,10 +161,15 @@ def embedded_task(text: TextDataset, split: str) -> Task:
     return Task("region of a list of names", labels, train, tests)
 
 
-def labels_by(run: Vectors, head: Linear, labels: Sequence[str]) -> Callable[..., list[str]]:
-    """Tokens → the label whose column of the head scores highest."""
+def labels_by(run: Vectors, head: Linear, task: Task) -> Callable[[Marked], list[str]]:
+    """Tokens and marks → the label that the head scores highest: a column of it, or a choice."""
     kernel_DC = sharding.whole(head.kernel[...]).astype(np.float32)
-    return lambda tokens: [labels[i] for i in np.argmax(run(tokens) @ kernel_DC, axis=1)]
+
+    def labels(tokens: Marked) -> list[str]:
+        scores = run(*tokens) @ kernel_DC  # [M, C], or of choices [M, C, 1]
+        return [task.labels[i] for i in np.argmax(scores.reshape(len(scores), -1), axis=1)]
+
+    return labels
 
 
 def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, System]]:
@@ -207,19 +214,18 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
 
 
 def in_english(rows: Sequence[Row], english: str, translate: Translate) -> list[Row]:
-    """The rows with translations in the place of texts that are not in English."""
+    """The rows with translations in the place of texts that are not in English; one that is
+    translated by nothing stays as it is."""
     foreign = [row for row in rows if row["language"] != english]
-    columns = [name for name in TEXTS if foreign and name in foreign[0]]
-    languages = [row["language"] for row in foreign]
-    translated = translate(
-        [row[name] for name in columns for row in foreign], languages * len(columns)
-    )
-    by_column = [translated[i * len(foreign) :][: len(foreign)] for i in range(len(columns))]
-    replaced = iter(
-        {**row, **dict(zip(columns, cells, strict=True))}
-        for row, *cells in zip(foreign, *by_column, strict=True)
-    )
-    return [row if row["language"] == english else next(replaced) for row in rows]
+    texts = [(text, row["language"]) for row in foreign for text in texts_in(row)]
+    made = translate([text for text, _ in texts], [code for _, code in texts])
+    translated = (new if new.strip() else old for new, (old, _) in zip(made, texts, strict=True))
+    return [
+        row
+        if row["language"] == english
+        else with_texts(row, list(itertools.islice(translated, len(texts_in(row)))))
+        for row in rows
+    ]
 
 
 def remembered(translate: Translate) -> Translate:
@@ -246,29 +252,29 @@ def _readers(
             *forward_and_state, pad_id=pad_id, batch_rows=limits.batch_rows, mesh=job.mesh
         )
 
-    def source_tokens(rows: Sequence[Row]) -> list[np.ndarray]:
+    def source(rows: Sequence[Row]) -> Marked:
         readable = parts.source.languages
         languages = [source_language(row["language"], readable) for row in rows]
-        texts, pairs = texts_of(rows)
-        longest = limits.max_length
-        return parts.source.encode(texts, languages, text_pairs=pairs, max_length=longest)
+        return stacking.source_tokens(parts.source, rows, languages, limits.max_length)
 
-    def target_tokens(rows: Sequence[Row]) -> list[np.ndarray]:
-        texts, pairs = texts_of(rows)
-        return parts.target.encode(texts, text_pairs=pairs, max_length=limits.max_length)
+    def target(rows: Sequence[Row]) -> Marked:
+        return stacking.target_tokens(parts.target, rows, limits.max_length)
 
-    causal, dtype = not config.bidirectional, config.compute_dtype
-    stack_forward = stacking.stack_forward(tuned.student.stack, causal=causal, dtype=dtype)
-    stack_run = runner(stack_forward, parts.source.pad_id)
-    llm_run = runner(stacking.llm_forward(config, tuned.teacher), parts.target.pad_id)
-    encoder_run = runner(stacking.encoder_forward(config, tuned.mt_encoder), parts.source.pad_id)
-    by_stack = labels_by(stack_run, tuned.student.head, task.labels)
-    by_llm = labels_by(llm_run, tuned.teacher.head, task.labels)
-    by_encoder = labels_by(encoder_run, tuned.mt_encoder.head, task.labels)
+    causal, dtype, choices = not config.bidirectional, config.compute_dtype, task.num_choices
+    stack_forward = stacking.stack_forward(
+        tuned.student.stack, causal=causal, dtype=dtype, num_choices=choices
+    )
+    llm_forward = stacking.llm_forward(config, tuned.teacher, choices)
+    encoder_forward = stacking.encoder_forward(config, tuned.mt_encoder, choices)
+    by_stack = labels_by(runner(stack_forward, parts.source.pad_id), tuned.student.head, task)
+    by_llm = labels_by(runner(llm_forward, parts.target.pad_id), tuned.teacher.head, task)
+    by_encoder = labels_by(
+        runner(encoder_forward, parts.source.pad_id), tuned.mt_encoder.head, task
+    )
     return (
-        lambda rows: by_stack(source_tokens(rows)),
-        lambda rows: by_llm(target_tokens(rows)),
-        lambda rows: by_encoder(source_tokens(rows)),
+        lambda rows: by_stack(source(rows)),
+        lambda rows: by_llm(target(rows)),
+        lambda rows: by_encoder(source(rows)),
     )
 
 

@@ -1,7 +1,9 @@
 """A labelled task: its rows, label names, and how rows become texts.
 
-A row is {"id", "language", "label", "text"}, of pairs of texts with "text_pair", all strings;
-labels are named, ids count within a language, and rows of one id are translations of each other.
+A row is {"id", "language", "label", "text"}, of pairs of texts with "text_pair", all strings; or,
+of multiple choice, {"id", "language", "label", "context", "question", "choices"}, choices being a
+list and the label the number of the right one, from 1. Labels are named, ids count within a
+language, and rows of one id are translations of each other.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-TEXTS = ("text", "text_pair")  # the columns of a row that are read
+TEXTS = ("text", "text_pair", "context", "question", "choices")  # the columns that are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,40 @@ class Task:
     translated: Sequence[Row] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def num_choices(self) -> int:
+        """Choices of a row; 0 where a row is a text or a pair, to be classified."""
+        return len(self.labels) if "choices" in self.train[0] else 0
+
+    @property
+    def num_outputs(self) -> int:
+        """Of the head: a score for each label, or one, which each choice gets."""
+        return 1 if self.num_choices else len(self.labels)
+
     def label_ids(self, rows: Sequence[Row]) -> np.ndarray:
         """int32 [rows]."""
         place = {label: i for i, label in enumerate(self.labels)}
         return np.array([place[row["label"]] for row in rows], np.int32)
+
+
+def texts_in(row: Row) -> list[str]:
+    """All texts of a row, in the order of TEXTS."""
+    found: list[str] = []
+    for name in TEXTS:
+        cell = row.get(name, [])
+        found += cell if isinstance(cell, list) else [cell]
+    return found
+
+
+def with_texts(row: Row, texts: Sequence[str]) -> Row:
+    """The row with these in the place of its own, in the order of `texts_in`."""
+    rest, changed = list(texts), dict(row)
+    for name in TEXTS:
+        if isinstance(cell := row.get(name), str):
+            changed[name], *rest = rest
+        elif cell is not None:
+            changed[name], rest = rest[: len(cell)], rest[len(cell) :]
+    return changed
 
 
 def texts_of(rows: Sequence[Row]) -> tuple[list[str], list[str] | None]:

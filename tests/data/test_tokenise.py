@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BatchEncoding
 from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer, translation_tokenizer
 from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tokenizer
 from mtllm_jax.languages import LANGUAGES
+from mtllm_jax.tasks.multiple_choice import choice_text
 
 CODES = ["eng_Latn", "deu_Latn", "heb_Hebr", "pes_Arab", "hin_Deva", "tha_Thai", "jpn_Jpan"]
 VOCAB_SIZE = 2000
@@ -251,3 +252,49 @@ def test_bad_input(nllb, llama, source, tmp_path):
         (bare / name).write_bytes((nllb / name).read_bytes())
     with pytest.raises(ValueError, match=r"sampling_alpha is 0.1, but .*bare has no sentencepiece"):
         source_tokenizer(bare).encode(["a"], "deu_Latn", sampling_alpha=0.1)
+
+
+# ---------------------------------------------------------------- multiple choice
+
+
+def choice_row(context, choices):
+    question = "Which?"
+    cells = {"context": context, "question": question, "choices": choices}
+    return {"id": "7", "language": "deu_Latn", "label": "1"} | cells
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_tokens_of_a_choice_spell_it(nllb, legacy):
+    tokenizer = source_tokenizer(nllb, legacy_source_order=legacy)
+    rows = [
+        choice_row("Kenia und Togo", ["Kenia", "Ghana", "Burkina Faso"]),
+        choice_row("ケニア", ["ガーナ", "トーゴ"]),
+    ]
+    found, marks = tokenizer.encode_choices(rows, ["deu_Latn", "jpn_Jpan"])
+    for row, code, of_row, marked in zip(rows, ("deu_Latn", "jpn_Jpan"), found, marks, strict=True):
+        text, _ = choice_text(row["context"], row["question"], row["choices"])
+        (whole,) = tokenizer.encode([text], code)
+        assert of_row.tolist() == whole.tolist() and marked.dtype == np.int32
+        for number, choice in enumerate(row["choices"], 1):
+            (said,) = tokenizer.decode([of_row[marked == 1 + number]])
+            assert said.split() == choice.split()
+        assert marked[of_row == tokenizer.language_id(code)] == [1]
+
+
+def test_the_llm_reads_choices_as_one_text(target):
+    row = choice_row("Kenya and Togo", ["Kenya", "Ghana"])
+    (found,), (marked,) = target.encode_choices([row])
+    (whole,) = target.encode(["Kenya and Togo Which?\n1 Kenya\n2 Ghana"])
+    assert found.tolist() == whole.tolist()
+    assert [target.decode([found[marked == n]])[0].strip() for n in (2, 3)] == ["Kenya", "Ghana"]
+
+
+def test_a_long_row_of_choices_loses_the_end_of_its_context(source):
+    row = choice_row("Kenia und Togo und Ghana und Peru", ["Kenia", "Peru"])
+    (whole,), (whole_marks,) = source.encode_choices([row], "deu_Latn")
+    (cut,), (marks,) = source.encode_choices([row], "deu_Latn", max_length=len(whole) - 3)
+    assert len(cut) == len(whole) - 3 and cut[0] == whole[0]
+    for number in (2, 3):
+        assert cut[marks == number].tolist() == whole[whole_marks == number].tolist()
+    with pytest.raises(ValueError, match=r"row '7' in deu_Latn: question and choices are \d+ tok"):
+        source.encode_choices([row], "deu_Latn", max_length=4)

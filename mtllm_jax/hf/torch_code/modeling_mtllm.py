@@ -92,17 +92,24 @@ class MTLLMModel(PreTrainedModel):
 
     @torch.no_grad()
     def encode(
-        self, texts: Sequence[str], lang: str | Sequence[str], batch_size: int = 32
+        self,
+        texts: Sequence[str],
+        lang: str | Sequence[str],
+        batch_size: int = 32,
+        pairs: Sequence[str] | None = None,
     ) -> Tensor:
         """The vector of each text, float32 [texts, D] on the CPU.
 
         lang: a code of `config.languages`, or one for each text; an encoder that is told none reads
-        all alike. A text of more than `config.max_source_length` tokens loses its end.
+        all alike. pairs: a second text for each. A text of more than `config.max_source_length`
+        tokens loses its end (of a pair, the longer text first).
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         length = self.config.max_source_length
-        rows = self._tokenized(texts, lang, truncation=True, max_length=length)["input_ids"]
+        options = {"text_pair": list(pairs)} if pairs else {}
+        encoding = self._tokenized(texts, lang, truncation=True, max_length=length, **options)
+        rows = encoding["input_ids"]
         vectors = torch.empty(len(rows), self.config.hidden_size)
         for places in by_length(rows, batch_size):
             ids, mask = self._padded([rows[i] for i in places])
@@ -177,10 +184,14 @@ class MTLLMForSequenceClassification(MTLLMModel):
 
     @torch.no_grad()
     def classify(
-        self, texts: Sequence[str], lang: str | Sequence[str], batch_size: int = 32
+        self,
+        texts: Sequence[str],
+        lang: str | Sequence[str],
+        batch_size: int = 32,
+        pairs: Sequence[str] | None = None,
     ) -> list[dict[str, float]]:
         """For each text the probability of every label, the likeliest first; as `encode`."""
-        vectors = self.encode(texts, lang, batch_size).to(self.device)
+        vectors = self.encode(texts, lang, batch_size, pairs).to(self.device)
         answers = []
         for shares in self._logits(vectors).softmax(-1).tolist():
             order = sorted(range(len(shares)), key=lambda i, shares=shares: -shares[i])
