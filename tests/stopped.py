@@ -40,8 +40,9 @@ def hold(processes, folder, step=None):
 
 
 def release(processes, folder):
+    """Give them the batch; one that was sent a signal has taken it."""
     for i in range(processes.count):
-        (folder / f"held-{i}").unlink()
+        (folder / f"held-{i}").unlink(missing_ok=True)
 
 
 def finish(folder, *arguments, count=1):

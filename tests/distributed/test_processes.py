@@ -1,13 +1,11 @@
-"""Real processes, over loopback: the run that one process makes, whatever happens to them.
+"""Real processes, over loopback: the run that one process makes, and how they gather and end.
 
-Four CPU devices in all, in one process, two or four.
+Four CPU devices in all, in one process or two. faults/ has what happens to them in a stage.
 """
 
 import contextlib
 import fcntl
 import json
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import reduced
+from processes import Processes, free_port
 
 import mtllm_jax
 from mtllm_jax import distributed
@@ -30,10 +29,8 @@ GIVEN = {
     distributed.COUNT: "2",
     distributed.INDEX: "1",
 }
-STEPS = 120  # of stage 1: long enough to be met by a signal
 FIELDS = {
-    "adaptation.training.steps": STEPS,
-    "adaptation.training.checkpoint_every": 20,
+    "adaptation.training.steps": 120,  # what was learnt tells answers apart
     # Embeddings are large enough to be cut, over processes too.
     "mesh.data": 1,
     "mesh.fsdp": -1,
@@ -46,64 +43,6 @@ STAGES = ("mini_nllb", "mini_llama", "adaptation", "teacher", "distillation", "m
 # The same sums, some in another order: the last places of float32 (1.2e-7 of a number) differ, and
 # Adam's division by small second moments widens that from step to step.
 TOLERANCE = 1e-5  # of a loss, and of each array's largest number
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-class Processes:
-    """So many processes of one job, four devices in all; killed if they outlive the test."""
-
-    def __init__(self, count, *command, cwd):
-        self.count = count
-        port = free_port()
-        devices = f"--xla_force_host_platform_device_count={4 // count}"
-        each = reduced.environment() | {"XLA_FLAGS": devices, "HF_HUB_OFFLINE": "1"}
-        job = {distributed.ADDRESS: f"localhost:{port}", distributed.COUNT: str(count)}
-        self.logs = [(cwd / f"{port}-{i}.out", cwd / f"{port}-{i}.err") for i in range(count)]
-        self.processes = []
-        for i, (out, err) in enumerate(self.logs):
-            own = job | {distributed.INDEX: str(i)} if count > 1 else {}
-            with out.open("wb") as stdout, err.open("wb") as stderr:
-                command_line = [sys.executable, *map(str, command)]
-                self.processes.append(
-                    subprocess.Popen(
-                        command_line, cwd=cwd, env=each | own, stdout=stdout, stderr=stderr
-                    )
-                )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            process.wait()
-
-    def ended(self, timeout=400):
-        """Their exit codes, what each printed, and what each said is wrong."""
-        deadline = time.monotonic() + timeout
-        codes = [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
-        # Gloo, the CPU's collectives, greets on standard output.
-        out, err = (
-            [re.sub(r".*peer ranks.*\n", "", logs[k].read_text()) for logs in self.logs]
-            for k in (0, 1)
-        )
-        return codes, out, err
-
-    def signal_at(self, metrics, step, which, signum):
-        """Send a signal to one of them once that many steps are written down."""
-        deadline = time.monotonic() + 200
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
-            codes = [process.poll() for process in self.processes]
-            assert codes == [None] * self.count, (codes, self.logs)
-            assert time.monotonic() < deadline, f"no step {step} in time: {self.logs}"
-            time.sleep(0.01)
-        self.processes[which].send_signal(signum)
 
 
 def finished(count, folder):
@@ -206,51 +145,15 @@ def test_a_whole_run_is_the_single_process_one(single, double):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_by_other_counts(single, double, tmp_path):
-    """2 processes, one of them killed; 2, one asked to stop; 1; 4: stage 1 as if by one."""
-    run, stage = tmp_path / "run", tmp_path / "run" / "adaptation"
-    shutil.copytree(double[0], run)
-    for path in run.iterdir():
-        if path.name not in (".lock", "config.json", "text.json", "model.json", "text") and (
-            not path.name.startswith("mini_")
-        ):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    metrics = stage / "metrics.jsonl"
-    command = (TRAIN, *ARGUMENTS, "--workdir=run")
-
-    with Processes(2, *command, cwd=tmp_path) as processes:
-        processes.signal_at(metrics, 30, 1, signal.SIGKILL)
-        killed = time.monotonic()
+def test_a_signal_between_the_stages(tmp_path):
+    """To one of them: all end at once, as one process does."""
+    with Processes(2, TRAIN, *ARGUMENTS, "--workdir=run", cwd=tmp_path) as processes:
+        made = tmp_path / "run" / "text" / "done.json"
+        processes.wait_until(made.exists, "text")
+        processes.processes[1].send_signal(signal.SIGTERM)
         codes, _, err = processes.ended(120)
-        print(f"the other process ended {time.monotonic() - killed:.1f} s after the kill")
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 2), err
-    assert len(metrics_of(run)) < STEPS
-
-    step = 20
-    for count, at, which in ((2, 60, 1), (1, 90, 0)):
-        with Processes(count, *command, cwd=tmp_path) as processes:
-            processes.signal_at(metrics, at, which, signal.SIGTERM)
-            codes, out, err = processes.ended(120)
-        assert codes == [0] * count, err
-        assert f"going on from step {step} of {STEPS}" in out[0]
-        step = len(metrics_of(run))
-        assert at <= step < STEPS
-        assert f"stopped: stage 1, step {step} of {STEPS}; saved." in err[0]
-        assert err[1:] == [""] * (count - 1)
-        assert sorted(int(p.name) for p in (stage / "checkpoints").glob("[0-9]*"))[-1] == step
-
-    with Processes(4, *command, cwd=tmp_path) as processes:
-        deadline = time.monotonic() + 200
-        while not (stage / "done.json").exists():
-            assert time.monotonic() < deadline and processes.processes[0].poll() is None
-            time.sleep(0.05)
-        # Between the stages it is exactly as with one process: the signal ends it at once.
-        processes.processes[3].send_signal(signal.SIGTERM)
-        codes, out, err = processes.ended(120)
-    assert codes == [0] * 4, err
-    assert f"going on from step {step} of {STEPS}" in out[0]
-    assert_same_losses(run, single[0])
-    assert_same_weights(run, single[0])
+    assert codes == [0, 0], err
+    assert any("stopped" in said for said in err), err
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""One of several processes is killed; others, more or fewer, go on."""
+"""One of several processes is killed, or asked to stop; others, more or fewer, go on."""
 
 import signal
 import time
@@ -14,26 +14,34 @@ TOLERANCE = 1e-5  # of a loss, and of each array's largest number
 
 
 def test_killed_and_started_again_by_other_counts(uninterrupted, tmp_path):
-    """2 processes, one of them killed; 1, asked to stop; 4: the losses and weights of one."""
+    """2 processes, one of them killed; 2, one asked to stop; 1; 4: losses and weights of one."""
     folder = tmp_path / "stage"
     with stopped.start(folder, "--hold=17", count=2) as processes:
         stopped.hold(processes, folder, 14)
         processes.processes[1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         stopped.release(processes, folder)
-        codes, _, err = processes.ended(60)  # seconds: within a minute
+        codes, _, err = processes.ended(60)  # the README promises a minute
         print(f"the other process ended {time.monotonic() - killed:.1f} s after the kill")
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 2), err
     assert len(stopped.metrics(folder)) < stopped.STEPS and not (folder / "params").exists()
 
-    with stopped.start(folder, "--hold=20") as processes:
-        stopped.hold(processes, folder, 28)
-        processes.processes[0].send_signal(signal.SIGTERM)
-        codes, (out,), (err,) = processes.ended(60)
-    assert codes == [0] and "going on from step 14 of 40" in out
-    assert err.startswith("stopped: a stage, step 35 of 40; saved.\nGo on with: ")
+    step = 14
+    # Of two processes both know at the step after that in which one is asked.
+    for count, given, stops_at in ((2, 4, 20), (1, 15, 36)):
+        with stopped.start(folder, f"--hold={given}", count=count) as processes:
+            stopped.hold(processes, folder)
+            processes.processes[-1].send_signal(signal.SIGTERM)
+            stopped.release(processes, folder)
+            codes, out, err = processes.ended(120)
+        assert codes == [0] * count, err
+        assert f"going on from step {step} of 40" in out[0]
+        step = stops_at
+        first, last = err[0].splitlines()
+        assert first == f"stopped: a stage, step {step} of 40; saved."
+        assert last.startswith("Go on with: ") and err[1:] == [""] * (count - 1)
 
-    assert "going on from step 35 of 40" in stopped.finish(folder, count=4)
+    assert f"going on from step {step} of 40" in stopped.finish(folder, count=4)
     same = (stopped.metrics(folder), stopped.metrics(uninterrupted))
     assert [line["step"] for line in same[0]] == [line["step"] for line in same[1]]
     for name in ("source_fill", "target_fill"):  # of a batch: these are the same rows
