@@ -42,6 +42,8 @@ SYSTEM_NOTES = {
     "which taught itself on English text alone to take it for English. Nothing is translated.",
     "llm_zero_shot": "The LLM, tuned for the task on English, reads the foreign text as it is.",
     "mt_encoder": "The MT encoder with a classification head, both tuned for the task on English.",
+    "encoder_linear": "A logistic regression on the vectors of the encoder as it is, fitted on "
+    "English.",
     "translate_test": "The MT model first translates into English, token by token; the LLM, tuned "
     "for the task on English, reads the translation.",
 }
@@ -51,6 +53,7 @@ SYSTEM_COLOURS = {
     "mt_llm": "#0072b2",
     "llm_zero_shot": "#8c8c8c",
     "mt_encoder": "#e69f00",
+    "encoder_linear": "#cc79a7",
     "translate_test": "#009e73",
 }
 OTHER_COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#8f6bbd", "#a8642a")

@@ -17,6 +17,7 @@ SYSTEM_NAMES = {
     "mt_llm": "MT-LLM (stacked)",
     "llm_zero_shot": "LLM zero-shot",
     "mt_encoder": "MT encoder + head",
+    "encoder_linear": "Frozen encoder, linear",
     "translate_test": "Translate-test",
 }
 TEST_NAMES = {"systems": "A: seen names, new pairs", "systems_unseen": "B: unseen names"}

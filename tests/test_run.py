@@ -25,7 +25,7 @@ from mtllm_jax.hf.llama import load_llama
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.metrics import read_metrics
 
-SYSTEMS = {"mt_llm", "llm_zero_shot", "mt_encoder", "translate_test"}
+SYSTEMS = {"mt_llm", "llm_zero_shot", "mt_encoder", "encoder_linear", "translate_test"}
 TRAINED = ("mini_nllb", "mini_llama", "adaptation", "teacher", "distillation", "mt_encoder")
 TESTS = {"systems": "seen", "systems_unseen": "unseen"}
 CODES = {"deu_Latn", "jpn_Jpan"}

@@ -42,7 +42,7 @@ def test_pairs_of_texts_and_their_export(mini_run, tmp_path):
     own = {"task.train": tmp_path / "a.csv", "task.test": tmp_path / "b.jsonl"}
     run, results = finished(mini_run, tmp_path, own)
     assert results["task"] == "mine"
-    for system in ("mt_llm", "llm_zero_shot", "mt_encoder", "translate_test"):
+    for system in ("mt_llm", "llm_zero_shot", "mt_encoder", "encoder_linear", "translate_test"):
         frame = predictions(run, system)
         wanted = [{name: row[name] for name in row} for row in TEST]
         assert frame.drop(columns=["prediction", "test"]).to_dict("records") == wanted
@@ -120,6 +120,7 @@ def test_a_benchmark_with_given_translations(mini_run, mtllm_data, tmp_path):
     covered = {
         "mt_llm": {"deu_Latn", "jpn_Jpan"},
         "mt_encoder": {"deu_Latn", "jpn_Jpan"},
+        "encoder_linear": {"deu_Latn", "jpn_Jpan"},
         "translate_test": {"jpn_Jpan"},  # there are no translations of German
         "llm_zero_shot": {"jpn_Jpan"},
     }

@@ -602,20 +602,19 @@ class EncoderClassifier(nnx.Module):
         self.encoder = encoder
         self.head = head
 
-    def pooled(
-        self,
-        ids_BS: Array,
-        segments_BS: Array,
-        num_texts: int,
-        dtype: Any,
-        key: Array | None,
-        choices: Choices | None,
-    ) -> Array:
-        """Mean of the encoder's states over each text, or each choice. float32 [B, N, E]."""
-        h_BSE = self.encoder.encode(
-            ids_BS, segments_BS, dtype, dropout_key=key, packed=num_texts > 1
-        )
-        return segment_mean(h_BSE, *(choices or (segments_BS, num_texts)))
+
+def encoder_pooled(
+    encoder: Encoder,
+    ids_BS: Array,
+    segments_BS: Array,
+    num_texts: int,
+    dtype: Any,
+    key: Array | None,
+    choices: Choices | None,
+) -> Array:
+    """Mean of the encoder's states over each text, or each choice. float32 [B, N, E]."""
+    h_BSE = encoder.encode(ids_BS, segments_BS, dtype, dropout_key=key, packed=num_texts > 1)
+    return segment_mean(h_BSE, *(choices or (segments_BS, num_texts)))
 
 
 def encoder_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int = 0) -> Objective:
@@ -624,7 +623,8 @@ def encoder_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int = 0) 
 
     def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
         model: EncoderClassifier = nnx.merge(graph, trainable, frozen)
-        pooled_BNE = model.pooled(
+        pooled_BNE = encoder_pooled(
+            model.encoder,
             batch["source_ids"],
             batch["source_segments"],
             batch["example"].shape[1],
@@ -666,17 +666,15 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderCla
         return nnx.merge(graph, trained, frozen)
 
 
-def encoder_forward(
-    config: MTLLM, model: EncoderClassifier, num_choices: int = 0
-) -> tuple[Forward, Any]:
+def encoder_forward(config: MTLLM, encoder: Encoder, num_choices: int = 0) -> tuple[Forward, Any]:
     """(forward, state): tokens of the encoder → its pooled state [B, E], or one of each choice."""
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(encoder)
 
     def forward(state: Any, ids_BS: Array, marks_BS: Array) -> Array:
-        model: EncoderClassifier = nnx.merge(graph, state)
+        encoder: Encoder = nnx.merge(graph, state)
         segments_BS, choices = _one_text(marks_BS, num_choices)
         dtype = jnp.dtype(config.compute_dtype)
-        pooled_BNE = model.pooled(ids_BS, segments_BS, 1, dtype, None, choices)
+        pooled_BNE = encoder_pooled(encoder, ids_BS, segments_BS, 1, dtype, None, choices)
         return pooled_BNE if num_choices else pooled_BNE[:, 0]
 
     return forward, state

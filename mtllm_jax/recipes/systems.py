@@ -3,6 +3,7 @@
 D width, C classes.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -13,6 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from mtllm_jax import distributed, sharding
 from mtllm_jax.config import MTLLM
@@ -32,6 +36,9 @@ from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
 from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.tasks.task import Row, Task, texts_in, with_texts
+
+_LINEAR_ROWS = 20_000  # training rows that the linear baseline is fitted on, at most
+_LINEAR_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse, of its regularisation
 
 # Texts, and the language of each → the texts in English.
 Translate = Callable[[Sequence[str], Sequence[str]], list[str]]
@@ -181,6 +188,9 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
     remembering = translation and remembered(translation)
     given = {(row["language"], row["id"]): row for row in task.translated}
 
+    # A row of choices has no vector that a linear map could classify.
+    by_linear = None if task.num_choices else linear_baseline(job, made.parts, task)
+
     def read_by_llm(row: Row) -> bool:
         wanted = config.evaluation.llm_languages
         return not wanted or row["language"] in (config.english, *wanted)
@@ -202,6 +212,8 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
             "llm_zero_shot": System(by_llm, by_llm, read_by_llm),
             "mt_encoder": System(by_encoder, by_encoder),
         }
+        if by_linear is not None:
+            systems["encoder_linear"] = System(by_linear, by_linear)
         if given:
             # What its translations cost is not known here.
             systems["translate_test"] = System(by_given, None, is_translated)
@@ -211,6 +223,49 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
         return systems
 
     return of_seed
+
+
+def linear_baseline(job: Job[MTLLM], parts: stacking.Parts, task: Task) -> Predict:
+    """Rows → labels by a logistic regression on what the encoder, as it is, makes of a text.
+
+    Its features are standardised, and how strongly it is regularised is chosen by cross-validation
+    on the English training rows. It is fitted when it is first asked, and draws nothing: it is the
+    same for all seeds.
+    """
+    config, limits = job.config, job.config.evaluation
+    run = Vectors(
+        *stacking.encoder_forward(config, parts.encoder),
+        pad_id=parts.source.pad_id,
+        batch_rows=limits.batch_rows,
+        mesh=job.mesh,
+    )
+
+    def vectors(rows: Sequence[Row]) -> np.ndarray:
+        return run(*_source_tokens(parts, rows, limits.max_length))
+
+    @functools.cache
+    def fitted() -> Pipeline:
+        stride = max(1, len(task.train) // _LINEAR_ROWS)
+        train = task.train[::stride]
+        labels = [row["label"] for row in train]
+        rarest = min(collections.Counter(labels).values())
+        model = LogisticRegressionCV(
+            Cs=_LINEAR_STRENGTHS if rarest > 1 else _LINEAR_STRENGTHS[2:3],
+            cv=min(5, max(rarest, 2)),
+            l1_ratios=(0.0,),
+            scoring="accuracy",
+            use_legacy_attributes=False,
+            max_iter=1000,
+        )
+        return make_pipeline(StandardScaler(), model).fit(vectors(train), labels)
+
+    return lambda rows: [str(label) for label in fitted().predict(vectors(rows))]
+
+
+def _source_tokens(parts: stacking.Parts, rows: Sequence[Row], length: int) -> Marked:
+    readable = parts.source.languages
+    languages = [source_language(row["language"], readable) for row in rows]
+    return stacking.source_tokens(parts.source, rows, languages, length)
 
 
 def in_english(rows: Sequence[Row], english: str, translate: Translate) -> list[Row]:
@@ -253,9 +308,7 @@ def _readers(
         )
 
     def source(rows: Sequence[Row]) -> Marked:
-        readable = parts.source.languages
-        languages = [source_language(row["language"], readable) for row in rows]
-        return stacking.source_tokens(parts.source, rows, languages, limits.max_length)
+        return _source_tokens(parts, rows, limits.max_length)
 
     def target(rows: Sequence[Row]) -> Marked:
         return stacking.target_tokens(parts.target, rows, limits.max_length)
@@ -265,7 +318,7 @@ def _readers(
         tuned.student.stack, causal=causal, dtype=dtype, num_choices=choices
     )
     llm_forward = stacking.llm_forward(config, tuned.teacher, choices)
-    encoder_forward = stacking.encoder_forward(config, tuned.mt_encoder, choices)
+    encoder_forward = stacking.encoder_forward(config, tuned.mt_encoder.encoder, choices)
     by_stack = labels_by(runner(stack_forward, parts.source.pad_id), tuned.student.head, task)
     by_llm = labels_by(runner(llm_forward, parts.target.pad_id), tuned.teacher.head, task)
     by_encoder = labels_by(
