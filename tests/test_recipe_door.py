@@ -298,6 +298,15 @@ def test_a_benchmark_that_is_not_there(own, tmp_path):
     assert message.startswith(f"config.task: {tmp_path} holds no test rows of sib200")
 
 
+def test_texts_of_the_test_are_no_texts_of_stage_1(own):
+    Path(own["adaptation_text"]).write_text("Ghana und Togo \nKenya is in Africa\n ケニア\n")
+    inputs = read_inputs(config(own))
+    assert inputs.adaptation_text == ["Kenya is in Africa"]
+    assert inputs.task.notes == ("2 of 3 texts are left out of stage 1: they are the test's.",)
+    Path(own["adaptation_text"]).write_text("Kenya\n")
+    assert "holds no text that is not one of the test's" in refusal(own)
+
+
 def test_rows_that_the_devices_cannot_share():
     # Eight simulated devices, by conftest.
     for field in ("adaptation.training.batch_rows", "evaluation.batch_rows"):

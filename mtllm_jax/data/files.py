@@ -127,6 +127,12 @@ class Texts:
     def __getitem__(self, i: int) -> str:
         return self._column[int(i)].as_py()
 
+    def without(self, unwanted: Collection[str]) -> "Texts":
+        """Those that are, but for blanks around them, none of the unwanted."""
+        trimmed = pc.utf8_trim_whitespace(self._column)
+        values = pa.array([text.strip() for text in unwanted], pa.large_string())
+        return Texts(self._column.filter(pc.invert(pc.is_in(trimmed, values))), self.files)
+
 
 def read_texts(path: str | Path) -> Texts:
     """English texts for general adaptation, from a file, a folder (searched below too) or a glob.

@@ -20,7 +20,7 @@ from mtllm_jax.data.benchmarks import (
     read_own,
     source_language,
 )
-from mtllm_jax.data.files import read_texts
+from mtllm_jax.data.files import Texts, read_texts
 from mtllm_jax.data.prepare import maker_of
 from mtllm_jax.data.prepared import Prepared, is_prepared
 from mtllm_jax.data.tokenise import (
@@ -118,13 +118,12 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     if config.legacy_source_order and config.encoder:
         two_orders = any(isinstance(tokenizer, NllbTokenizer) for tokenizer in tokenizers)
         require(two_orders, "legacy_source_order", True, "False where no tokenizer is NLLB's")
-    return Inputs(
-        config=config,
-        revisions=revisions,
-        mesh=mesh,
-        task=task,
-        adaptation_text=_read_adaptation_text(config, source) if config.adaptation_text else None,
-    )
+    text, note = None, ""
+    if config.adaptation_text:
+        text, note = _read_adaptation_text(config, source, task)
+    if task is not None and note:
+        task = dataclasses.replace(task, notes=(*task.notes, note))
+    return Inputs(config=config, revisions=revisions, mesh=mesh, task=task, adaptation_text=text)
 
 
 def revisions_of(run: str | os.PathLike[str]) -> dict[str, str]:
@@ -388,13 +387,29 @@ def _check_vocabulary(folder: str, num_tokens: int, num_rows: int) -> None:
         )
 
 
-def _read_adaptation_text(
-    config: MTLLM, source: SourceTokenizer | None
-) -> Sequence[str] | Prepared:
+def unseen_texts(config: MTLLM, task: Task | None) -> tuple[Texts, str]:
+    """The texts of config.adaptation_text that are none of the task's test texts, and a sentence
+    on how many are; "" without any."""
     with naming("adaptation_text"):
-        if not is_prepared(config.adaptation_text):
-            texts = read_texts(config.adaptation_text)
-            return [texts[i] for i in range(len(texts))]
+        texts = read_texts(config.adaptation_text)
+        kept = texts if task is None else texts.without(task.test_texts)
+        if not len(kept):
+            raise ValueError(
+                f"{config.adaptation_text} holds no text that is not one of the test's"
+            )
+    if not (left_out := len(texts) - len(kept)):
+        return kept, ""
+    return kept, f"{left_out} of {len(texts)} texts are left out of stage 1: they are the test's."
+
+
+def _read_adaptation_text(
+    config: MTLLM, source: SourceTokenizer | None, task: Task | None
+) -> tuple[Sequence[str] | Prepared, str]:
+    """As `unseen_texts`; rows that were prepared are what they are."""
+    if not is_prepared(config.adaptation_text):
+        texts, note = unseen_texts(config, task)
+        return [texts[i] for i in range(len(texts))], note
+    with naming("adaptation_text"):
         if source is None or not config.llm:
             raise ValueError(
                 f"{config.adaptation_text} holds prepared rows, which take config.encoder and"
@@ -403,4 +418,4 @@ def _read_adaptation_text(
         prepared = Prepared(config.adaptation_text)
         target = TargetTokenizer(local_files(config.llm))
         prepared.check(maker_of(config, source, target, seed=0).describe())
-    return prepared
+    return prepared, ""

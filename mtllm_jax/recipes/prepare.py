@@ -1,7 +1,6 @@
 """Stage 1's rows, made before a run and apart from it: what `launch/prepare.py` does."""
 
 from mtllm_jax.config import MTLLM, naming
-from mtllm_jax.data.files import read_texts
 from mtllm_jax.data.packing import Rows, fitting_lengths
 from mtllm_jax.data.prepare import maker_of, prepare
 from mtllm_jax.data.prepared import holds_rows
@@ -9,7 +8,7 @@ from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
 from mtllm_jax.hf.files import is_remote, local_files
 from mtllm_jax.languages import check_language
 from mtllm_jax.metrics import Console, Progress
-from mtllm_jax.recipes.inputs import locate_models
+from mtllm_jax.recipes.inputs import locate_models, read_task, unseen_texts
 from mtllm_jax.recipes.job import stage_seed
 
 _FULL = 0.975  # of a stream, above which other lengths are not worth a word
@@ -19,7 +18,8 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     """Tokenise and pack the config's English text into the folder `to`, going on where an earlier
     start stopped.
 
-    fit_lengths: choose the lengths of rows by the ratio of the texts' tokens. Raises ValueError,
+    Texts of the test rows of the config's task are left out, where it names one. fit_lengths:
+    choose the lengths of rows by the ratio of the texts' tokens. Raises ValueError,
     naming the field or the flag, for what cannot be read, or a folder of something else.
     """
     if is_remote(to):
@@ -49,8 +49,10 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     if alpha := config.adaptation.subword_sampling:
         with naming("adaptation.subword_sampling"):
             source.encode(["a"], config.english, sampling_alpha=alpha)
-    with naming("adaptation_text"):
-        texts = read_texts(config.adaptation_text)
+    task = read_task(config, source.languages) if config.task.given else None
+    texts, note = unseen_texts(config, task)
+    if note:
+        console.print(note)
     maker = maker_of(config, source, target, stage_seed(config.seed, "adaptation"))
     if fit_lengths:
         maker = maker.fitted(texts)

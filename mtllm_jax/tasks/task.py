@@ -44,6 +44,12 @@ class Task:
         """Of the head: a score for each label, or one, which each choice gets."""
         return 1 if self.num_choices else len(self.labels)
 
+    @property
+    def test_texts(self) -> set[str]:
+        """All texts of all test rows, which stage 1 must not see."""
+        rows = [row for rows in self.tests.values() for row in (*rows, *self.translated)]
+        return {text for row in rows for text in texts_in(row)}
+
     def label_ids(self, rows: Sequence[Row]) -> np.ndarray:
         """int32 [rows]."""
         place = {label: i for i, label in enumerate(self.labels)}
