@@ -55,7 +55,6 @@ def main(config: MTLLM) -> None:
     watch = Watch(tensorboard=_TENSORBOARD.value, wandb=_WANDB.value, profile=profile)
     watch.check({name.split(".")[0]: stage.steps for name, stage in config.stages().items()})
     if not _DRY_RUN.value:
-        recipe.check_workdir(config, path)
         keep_compiled(_COMPILED.value, path)
     if idle := recipe.idle_fields(config, cli.overridden()):
         console.warn(idle)

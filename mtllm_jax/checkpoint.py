@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
 from mtllm_jax import distributed
+from mtllm_jax.runfolder import files_below, write_text
 
 Tree = TypeVar("Tree")
 
@@ -199,7 +200,7 @@ class Checkpointer:
         if not distributed.is_first():
             return
         _seal(self._folder / str(step), about)
-        _write_whole(self._folder / _NEWEST, str(step))
+        write_text(self._folder / _NEWEST, str(step))
         self._unusable.discard(step)
         finished = sorted(self._finished())
         kept = finished[-self._keep_last :]
@@ -376,10 +377,10 @@ def _compare(path: epath.Path, saved: dict[str, str], wanted: dict[str, str]) ->
 
 def _seal(path: epath.Path, about: dict[str, Any]) -> None:
     """Finish a checkpoint: write the checksums of its files, beside what else is known of it."""
-    files = {file.relative_to(path).as_posix(): _sha256(file) for file in _files(path)}
+    files = {name: _sha256(path / name) for name in files_below(path) if name != _CHECKSUMS}
     text = json.dumps({**about, "files": files}, sort_keys=True)
     own = hashlib.sha256(text.encode()).hexdigest()
-    _write_whole(path / _CHECKSUMS, f'{{"sha256": "{own}", "checkpoint": {text}}}\n')
+    write_text(path / _CHECKSUMS, f'{{"sha256": "{own}", "checkpoint": {text}}}\n')
 
 
 def _verify(path: epath.Path) -> dict[str, Any]:
@@ -396,30 +397,18 @@ def _verify(path: epath.Path) -> dict[str, Any]:
     if not sound:
         raise _Unusable(f"is damaged ({_CHECKSUMS} does not match itself)")
     for name, checksum in about["files"].items():
-        if not (path / name).exists():
-            raise _Unusable(f"is damaged ({name} is missing)")
-        if _sha256(path / name) != checksum:
+        try:
+            found = _sha256(path / name)
+        except FileNotFoundError:
+            raise _Unusable(f"is damaged ({name} is missing)") from None
+        if found != checksum:
             raise _Unusable(f"is damaged ({name} does not match its checksum)")
     return about
-
-
-def _files(path: epath.Path) -> Iterator[epath.Path]:
-    for entry in path.iterdir():
-        if entry.is_dir():
-            yield from _files(entry)
-        elif entry.name != _CHECKSUMS:
-            yield entry
 
 
 def _sha256(path: epath.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _remove(folders: list[epath.Path]) -> None:

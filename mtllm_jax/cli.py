@@ -128,7 +128,9 @@ def quiet() -> None:
     }.items():
         os.environ.setdefault(name, value)
     absl_logging.set_verbosity(absl_logging.ERROR)
-    for name in ("jax", "orbax", "asyncio", "transformers", "huggingface_hub", "etils", "grain"):
+    for name in (
+        "jax", "orbax", "asyncio", "transformers", "huggingface_hub", "etils", "grain", "gcsfs",
+    ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,12 +27,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mtllm_jax import distributed
-from mtllm_jax.runfolder import is_local
+from mtllm_jax.runfolder import Mirror, is_local
 
 LOG_WIDTH = 100  # columns of a table where there is no terminal
 
 _MANY_BYTES = 10**9  # what takes long enough to read or write that one wants to know how far it is
-_SYNC_SECONDS = 60.0  # between two writes of metrics.jsonl to an object store
 _LOG_SECONDS = 10.0  # between two lines about one loop where there is no terminal
 _RATE_SAMPLES, _RATE_SPACING = 60, 0.5  # the rate shown is that of the last 60 × 0.5 s
 
@@ -42,24 +40,24 @@ class MetricsWriter:
     """Appends lines to metrics.jsonl, each flushed at once, so that a killed run loses nothing.
 
     A line is {"step": int, "time": unix seconds, name: number or null, ...}. Opening a file whose
-    last line a kill cut off removes that piece. Objects of a store cannot be appended to: there the
-    lines are in a local file, and the object is written anew once a minute and at each `sync`.
+    last line a kill cut off removes that piece. In an object store they are there after `sync`, and
+    now and then between.
     """
 
     def __init__(self, path: epath.PathLike) -> None:
-        self._kept = epath.Path(path)
-        self._mirrors = not is_local(self._kept)
-        self._path = Path(self._kept)
-        if self._mirrors:
-            self._folder = tempfile.TemporaryDirectory(prefix="metrics-")
-            self._path = Path(self._folder.name) / self._kept.name
-            if self._kept.exists():
-                self._path.write_bytes(self._kept.read_bytes())
+        kept = epath.Path(path)
+        self._mirror: Mirror | None = None
+        if is_local(kept):
+            self._path = Path(kept)
+        else:
+            self._mirror = Mirror(kept.parent)
+            self._path = self._mirror.path / kept.name
+            if kept.exists():
+                self._path.write_bytes(kept.read_bytes())
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             _cut_unfinished_line(self._path)
         self._file = self._path.open("a", encoding="utf-8")
-        self._synced = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a line. NaN and infinities become null, as strict JSON readers refuse them.
@@ -75,8 +73,8 @@ class MetricsWriter:
         with _naming(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
-            self.sync()
+        if self._mirror is not None:
+            self._mirror.copy_if_due()
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of steps beyond `step`, that of the restored checkpoint."""
@@ -89,9 +87,8 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Have all lines so far where `path` says."""
-        self._synced = time.monotonic()
-        if self._mirrors:
-            self._kept.write_bytes(self._path.read_bytes())
+        if self._mirror is not None:
+            self._mirror.copy()
 
     def close(self) -> None:
         with _naming(self._path):

@@ -6,14 +6,23 @@ at all; one run at a time works in it. Of several processes the first alone writ
 it wrote from the next `distributed.by_first` on.
 """
 
+import atexit
 import contextlib
 import errno
 import fcntl
+import functools
+import importlib.util
 import json
 import os
+import re
+import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
+import fsspec.config
 from etils import epath
 
 from mtllm_jax import distributed
@@ -23,10 +32,17 @@ _ABSENT = object()
 # Some network file systems have no locks; a run there is worth more than the refusal of a second.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
+# Between two copies of a file that grows to an object store: so many seconds, and so many times
+# what the last one took.
+_COPY_SECONDS, _COPY_SHARE = 60.0, 100.0
+
+# gcsfs would remember what a folder held, and not see what tensorstore or another process adds.
+fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+
 
 class RunFolder:
     """The folder of one run, made or opened; held by this process until it ends or `close`, of
-    several by the first."""
+    several by the first. In an object store nothing is held: there are no locks."""
 
     def __init__(self, path: os.PathLike[str] | str, config: Mapping[str, Any]) -> None:
         """Open `path` for the run that `config` (plain values, ready for JSON) describes.
@@ -35,7 +51,7 @@ class RunFolder:
         be written to, holds files but no run, holds a run of another config, or is in use; or if
         this process does not see what the first one wrote.
         """
-        self.path = epath.Path(path)
+        self.path = run_path(path)
         self._lock: int | None = None
         distributed.by_first(lambda: self._open(config))
         if not (self.path / "config.json").exists():
@@ -45,22 +61,26 @@ class RunFolder:
             )
 
     def _open(self, config: Mapping[str, Any]) -> None:
-        _is_run_of(self.path, config)
+        with _admitted(self.path):
+            _is_run_of(self.path, config)
+            if is_local(self.path):
+                self._hold()
+            try:
+                # Another process may have made the run between the first look and the lock.
+                if not _is_run_of(self.path, config):
+                    self.write_json("config.json", config)
+            except (OSError, ValueError):
+                self.close()
+                raise
+
+    def _hold(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if is_local(self.path):
-                self._lock = _take_lock(self.path / _LOCK)
+            self._lock = _take_lock(self.path / _LOCK)
         except OSError as error:
             raise ValueError(
                 f"workdir {self.path} cannot be written to: {error.strerror}."
             ) from None
-        try:
-            # Another process may have made the run between the first look and the lock.
-            if not _is_run_of(self.path, config):
-                self.write_json("config.json", config)
-        except (OSError, ValueError):
-            self.close()
-            raise
 
     def close(self) -> None:
         """Let other processes use the folder; the end of the process does the same."""
@@ -120,12 +140,39 @@ def finished_results(
 
     Writes nothing. Raises ValueError as `RunFolder` does for a folder that cannot be this run's.
     """
-    folder = epath.Path(path)
+    folder = run_path(path)
     last = ("results.json", "report.html")
-    if not _is_run_of(folder, config) or not all((folder / name).exists() for name in last):
+    with _admitted(folder):
+        begun = _is_run_of(folder, config)
+    if not begun or not all((folder / name).exists() for name in last):
         return None
     results = read_json(folder / "results.json")
     return results if results.get("systems") else None
+
+
+def run_path(folder: os.PathLike[str] | str) -> epath.Path:
+    """A --workdir as a path. ValueError for an object store that runs cannot be in."""
+    path = epath.Path(folder)
+    if not is_local(path):
+        if not re.match("gs://[^/]", os.fspath(path)):
+            raise ValueError(f"workdir {folder} must be a local folder or gs://BUCKET/FOLDER.")
+        if importlib.util.find_spec("gcsfs") is None:
+            raise ValueError(f"workdir {folder} needs gcsfs: pip install -e '.[gcs]'")
+    return path
+
+
+@contextlib.contextmanager
+def _admitted(path: epath.Path) -> Iterator[None]:
+    """Raise ValueError where an object store says that the user may not, or that there is no such
+    bucket; whatever else keeps a run from it may be gone when it is started again."""
+    try:
+        yield
+    except Exception as error:
+        denied = str(error).startswith("Forbidden") or getattr(error, "code", None) == 401  # gcsfs
+        if is_local(path) or not (denied or isinstance(error, FileNotFoundError)):
+            raise
+        why = "access is denied" if denied else "there is no such bucket"
+        raise ValueError(f"workdir {path} cannot be used: {why}.") from None
 
 
 def _is_run_of(path: epath.Path, config: Mapping[str, Any]) -> bool:
@@ -208,11 +255,14 @@ def write_text(path: epath.Path, text: str) -> None:
 @contextlib.contextmanager
 def new_file(path: epath.Path) -> Iterator[BinaryIO]:
     """A file to write, which has its name, or takes another's place, once all of it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not is_local(path):
-        with path.open("wb") as file:  # object stores show an object when all of it is there
-            yield file
+        # Not the object itself: closed by an error halfway, it would be kept as far as it went.
+        with tempfile.NamedTemporaryFile(suffix=path.suffix) as scratch:
+            yield scratch  # type: ignore[misc]
+            scratch.flush()
+            upload(scratch.name, path)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     # One name per file: a leftover of a killed process is written over, not heaped up.
     temporary = path.parent / f".{path.name}.unfinished"
     with open(temporary, "wb") as file:
@@ -220,6 +270,65 @@ def new_file(path: epath.Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def made_locally(folder: os.PathLike[str] | str, last: str = "") -> Iterator[Path]:
+    """Where to make a folder: there, if it is local, or else where it is copied from at the end.
+
+    last: the file in it that is copied last: where that is, all of it is.
+    """
+    if is_local(folder):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="mtllm-") as scratch:
+        made = Path(scratch) / "made"
+        yield made
+        for name in sorted(files_below(made), key=last.__eq__):
+            upload(made / name, f"{os.fspath(folder)}/{name}")
+
+
+class Mirror:
+    """A local folder, `path`, whose files grow and are copied to one in an object store, where
+    nothing can be appended to. What is not copied when the process is killed is lost."""
+
+    def __init__(self, folder: epath.Path) -> None:
+        self._folder = folder
+        self._made = tempfile.TemporaryDirectory(prefix="mtllm-")
+        self.path = Path(self._made.name)
+        self._due = time.monotonic() + _COPY_SECONDS
+
+    def copy(self) -> None:
+        began = time.monotonic()
+        for name in files_below(self.path):
+            upload(self.path / name, self._folder / name)
+        ended = time.monotonic()
+        self._due = ended + max(_COPY_SECONDS, _COPY_SHARE * (ended - began))
+
+    def copy_if_due(self) -> None:
+        """Once a minute, or less often where that would take more than a hundredth of the time."""
+        if time.monotonic() > self._due:
+            self.copy()
+
+
+@functools.cache
+def scratch() -> Path:
+    """A local folder of this process, gone when it ends."""
+    folder = tempfile.mkdtemp(prefix="mtllm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def upload(file: os.PathLike[str] | str, to: os.PathLike[str] | str) -> None:
+    """Copy a local file to an object store, where it appears, or takes another's place, whole."""
+    store, name = fsspec.url_to_fs(os.fspath(to))
+    store.put_file(os.fspath(file), name)
+
+
+def files_below(folder: os.PathLike[str] | str) -> list[str]:
+    """The names of all files in a folder, local or not, and in those in it; relative to it."""
+    store, root = fsspec.url_to_fs(os.fspath(folder))
+    return sorted(name.removeprefix(f"{root}/") for name in store.find(root))
 
 
 def _take_lock(path: epath.Path) -> int:

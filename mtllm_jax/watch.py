@@ -2,6 +2,7 @@
 profiler, and where compiled programs are kept. When it goes on, all of that may be otherwise.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -14,7 +15,7 @@ import jax
 from etils import epath
 
 from mtllm_jax import distributed
-from mtllm_jax.runfolder import read_json, write_json
+from mtllm_jax.runfolder import Mirror, is_local, made_locally, read_json, write_json
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # flag → what it needs
 
@@ -104,39 +105,47 @@ class Profiler:
 
     def __init__(self, stage: epath.Path, first: int, last: int):
         self._folder, self._first, self._last = stage / "profile", first, last
-        self._runs = False
+        self._recording: contextlib.ExitStack | None = None
 
     def before(self, step: int) -> None:
         """Step number `step` is about to be dispatched."""
-        if self._first <= step <= self._last and not self._runs:
-            jax.profiler.start_trace(str(self._folder))
-            self._runs = True
+        if self._first <= step <= self._last and self._recording is None:
+            self._recording = contextlib.ExitStack()
+            folder = self._recording.enter_context(made_locally(self._folder))
+            self._recording.enter_context(jax.profiler.trace(folder))
 
     def after(self, step: int, result: Any) -> None:
         """It was dispatched, and will give `result`."""
-        if self._runs and step >= self._last:
+        if self._recording is not None and step >= self._last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        if self._runs:
-            jax.profiler.stop_trace()
-            self._runs = False
+        if self._recording is not None:
+            self._recording.close()
+            self._recording = None
 
 
 class _TensorBoard:
     def __init__(self, folder: epath.Path, step: int):
         from tensorboardX import SummaryWriter
 
+        # For object stores it has a writer of its own, which sends all of a file every two minutes.
+        self._mirror = None if is_local(folder) else Mirror(folder)
+        made = folder if self._mirror is None else self._mirror.path
         # Steps beyond a restored checkpoint were written before, and do not count.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer = SummaryWriter(str(made), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        if self._mirror is not None:
+            self._mirror.copy_if_due()
 
     def close(self) -> None:
         self._writer.close()
+        if self._mirror is not None:
+            self._mirror.copy()
 
 
 class _WeightsAndBiases:

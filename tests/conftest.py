@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 # JAX reads these once, at its first import: nothing above may import it. Arrays live on the first
 # device unless a test spreads them, so a test without a mesh does not pay for the other seven.
@@ -18,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -50,6 +52,17 @@ def mtllm_data() -> Path:
 def mtllm_models() -> Path:
     """The folder of real pretrained checkpoints, one Hugging Face folder each."""
     return _folder("MTLLM_MODELS", "the folder of real pretrained checkpoints")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """gs://bucket, empty; processes that the test starts find it too."""
+    from bucket import served  # the one thing here that needs an emulator
+
+    with served() as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        yield bucket
 
 
 @pytest.fixture(scope="session")

@@ -355,7 +355,7 @@ def new_folder(folder: str | os.PathLike, *, replace: bool = False) -> Iterator[
     else:
         yield None
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"{target} is written")
+        multihost_utils.sync_global_devices(f"{target.name} is written")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from mtllm_jax.hf.files import is_remote
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.inputs import adapter_key, locate_models, revisions_of
-from mtllm_jax.runfolder import differing_fields, read_json
+from mtllm_jax.runfolder import differing_fields, read_json, run_path
 from mtllm_jax.schema import resolve, to_dict
 
 _CALLED = {"adaptation": "stage 1", "distillation": "training"}
@@ -61,7 +61,7 @@ class FinishedRun:
 def open_run(folder: str | os.PathLike[str], stage: str = "distillation") -> FinishedRun:
     """Open a run by its --workdir. ValueError for what is not the folder of one, or of one that has
     not finished a stage of its training."""
-    path = epath.Path(folder)
+    path = run_path(folder)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; it must be the folder of a finished run.")
     if not (path / "config.json").exists():

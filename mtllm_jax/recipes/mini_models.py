@@ -6,8 +6,8 @@ B rows, N texts per row, S encoder positions, T decoder positions, E encoder wid
 """
 
 import collections
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from mtllm_jax.data.babel_tfds import TextDataset
 from mtllm_jax.data.packing import pack
 from mtllm_jax.data.tokenise import TargetTokenizer, TranslationTokenizer, translation_tokenizer
 from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tokenizer
+from mtllm_jax.hf.files import TOKENIZER_CONFIG, Files, local_files
 from mtllm_jax.hf.llama import save_llama
 from mtllm_jax.hf.nllb import save_nllb
 from mtllm_jax.models.layers import split
@@ -31,33 +32,37 @@ from mtllm_jax.models.stack import add_noise
 from mtllm_jax.objectives import Terms, next_tokens
 from mtllm_jax.ops.vocab_loss import cross_entropy, label_places, sampled_vocabulary
 from mtllm_jax.recipes.job import Job
+from mtllm_jax.runfolder import made_locally
 from mtllm_jax.train import Objective, fit
 
 _LISTS_SHOWN = 20  # per language, to the tokenizer
 
 
-def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
+def mini_nllb(job: Job[MTLLM], text: TextDataset) -> str:
     """Train the encoder–decoder on the embedded parallel names; returns its folder."""
     config, seed = job.config.mini_nllb, job.stage_seed("mini_nllb")
     assert config is not None  # the door asks for a folder then
     with job.stage("mini_nllb", "mini NLLB, X → English") as stage:
-        folder = Path(stage.path / "model")
-        if distributed.by_first(folder.exists):
+        folder = os.fspath(stage.path / "model")
+        if distributed.by_first(lambda: Files(folder).has("config.json")):
             return folder
         pairs = list(text["parallel"])
         languages = [job.config.english, *job.config.languages]
-        tokenizer_folder = Path(stage.path / "tokenizer")
+        tokenizer_folder = os.fspath(stage.path / "tokenizer")
 
         def make_tokenizer() -> None:
-            if tokenizer_folder.exists():
+            if Files(tokenizer_folder).has(TOKENIZER_CONFIG):
                 return
             names = _tokenizer_texts(pairs)
-            with naming("mini_nllb.vocab_size"):
-                train_nllb_tokenizer(names, languages, config.vocab_size, tokenizer_folder)
+            with (
+                naming("mini_nllb.vocab_size"),
+                made_locally(tokenizer_folder, TOKENIZER_CONFIG) as new,
+            ):
+                train_nllb_tokenizer(names, languages, config.vocab_size, new)
 
         distributed.by_first(make_tokenizer)
         tokenizer = translation_tokenizer(
-            tokenizer_folder, legacy_source_order=job.config.legacy_source_order
+            local_files(tokenizer_folder), legacy_source_order=job.config.legacy_source_order
         )
         texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed)
         is_label_V = np.zeros(tokenizer.vocab_size, bool)
@@ -102,7 +107,8 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> Path:
             watch=job.watch,
         )
         model = nnx.merge(graph, fixed, trained)
-        save_nllb(model, folder, tokenizer_files_from=tokenizer_folder)
+        with made_locally(folder, "config.json") as new:
+            save_nllb(model, new, tokenizer_files_from=tokenizer_folder)
     return folder
 
 
@@ -198,25 +204,28 @@ def decoder_inputs(labels_BT: Array, segments_BT: Array, eos_id: int) -> Array:
     return jnp.where(same_BT, before_BT, eos_id)
 
 
-def mini_llama(job: Job[MTLLM], text: TextDataset) -> Path:
+def mini_llama(job: Job[MTLLM], text: TextDataset) -> str:
     """Train the causal LLM on the embedded English text; returns its folder."""
     config, seed = job.config.mini_llama, job.stage_seed("mini_llama")
     assert config is not None  # the door asks for a folder then
     with job.stage("mini_llama", "mini Llama, English") as stage:
-        folder = Path(stage.path / "model")
-        if distributed.by_first(folder.exists):
+        folder = os.fspath(stage.path / "model")
+        if distributed.by_first(lambda: Files(folder).has("config.json")):
             return folder
         texts = [row["text"] for row in text["english"]]
-        tokenizer_folder = Path(stage.path / "tokenizer")
+        tokenizer_folder = os.fspath(stage.path / "tokenizer")
 
         def make_tokenizer() -> None:
-            if tokenizer_folder.exists():
+            if Files(tokenizer_folder).has(TOKENIZER_CONFIG):
                 return
-            with naming("mini_llama.vocab_size"):
-                train_llama_tokenizer(texts, config.vocab_size, tokenizer_folder)
+            with (
+                naming("mini_llama.vocab_size"),
+                made_locally(tokenizer_folder, TOKENIZER_CONFIG) as new,
+            ):
+                train_llama_tokenizer(texts, config.vocab_size, new)
 
         distributed.by_first(make_tokenizer)
-        tokenizer = TargetTokenizer(tokenizer_folder)
+        tokenizer = TargetTokenizer(local_files(tokenizer_folder))
         training = config.training
         eos = np.array([tokenizer.eos_id], np.int32)
         tokens = tokenizer.encode(texts, max_length=training.target_length - 1)
@@ -254,7 +263,8 @@ def mini_llama(job: Job[MTLLM], text: TextDataset) -> Path:
             console=job.console,
             watch=job.watch,
         )
-        save_llama(nnx.merge(graph, trained), folder, tokenizer_files_from=tokenizer_folder)
+        with made_locally(folder, "config.json") as new:
+            save_llama(nnx.merge(graph, trained), new, tokenizer_files_from=tokenizer_folder)
     return folder
 
 

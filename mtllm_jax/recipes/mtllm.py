@@ -22,12 +22,12 @@ from mtllm_jax.recipes.job import Job
 from mtllm_jax.recipes.systems import build_systems, train
 from mtllm_jax.report import write_report
 from mtllm_jax.results import results_table
-from mtllm_jax.runfolder import RunFolder, is_local
+from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.schema import to_dict
 from mtllm_jax.tasks.task import Task
 from mtllm_jax.watch import Watch
 
-__all__ = ["check_workdir", "dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
+__all__ = ["dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
 
 TRAINED_STAGES = {
     "mini_nllb": "mini NLLB",
@@ -42,16 +42,6 @@ TRAINED_STAGES = {
 def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     """Open all that the config names, as `inputs.read_inputs` does, and the run it begins with."""
     return given.read_inputs(begun(config), revisions)
-
-
-def check_workdir(config: MTLLM, path: os.PathLike[str] | str) -> None:
-    """Raise ValueError for a run in an object store that would make its own models or text."""
-    if not is_local(path) and config.uses_embedded_text():
-        raise ValueError(
-            f"workdir {path} is in an object store, and the embedded text and the tiny models are"
-            " made in local folders; name your own encoder, llm, adaptation_text and task, or a"
-            " local workdir."
-        )
 
 
 def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watch: Watch) -> None:

@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from mtllm_jax.models.layers import Linear
 from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
-from mtllm_jax.runfolder import RunFolder
+from mtllm_jax.runfolder import RunFolder, is_local, scratch
 from mtllm_jax.tasks.task import Row, Task, texts_in, with_texts
 
 _LINEAR_ROWS = 20_000  # training rows that the linear baseline is fitted on, at most
@@ -72,8 +71,8 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     english = inputs.adaptation_text
     if english is None and not config.stage1:
         english = [row["text"] for row in text()["adaptation"]]
-    encoder_folder = config.encoder or os.fspath(mini_models.mini_nllb(job, text()))
-    llm_folder = config.llm or os.fspath(mini_models.mini_llama(job, text()))
+    encoder_folder = config.encoder or mini_models.mini_nllb(job, text())
+    llm_folder = config.llm or mini_models.mini_llama(job, text())
     translator_folder = config.translator or encoder_folder
     translates = has_decoder(translator_folder)
     if not translates and not task.translated:
@@ -107,12 +106,13 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
 
 
 def embedded_text(job: Job[MTLLM]) -> TextDataset:
-    """The text that comes with the package, made in the run folder."""
+    """The text that comes with the package, made in the run folder; where that is in an object
+    store, by each start and process anew, as it is read from local files."""
     config = job.config
     with job.stage("text", "text") as stage:
         text = distributed.after_first(
             lambda: build_text(
-                stage.path,
+                stage.path if is_local(stage.path) else scratch() / "text",
                 languages=config.languages,
                 seed=stage_seed(config.text_seed, "text"),
                 sizes=config.text,
@@ -133,7 +133,7 @@ def describe_model(
 
     def told(folder: str) -> str:
         if is_remote(folder):
-            return folder
+            return folder.removeprefix(f"{run.path}/")
         path = Path(folder).absolute()
         return str(path.relative_to(inside) if path.is_relative_to(inside) else path)
 
