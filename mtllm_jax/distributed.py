@@ -31,7 +31,7 @@ _HEARTBEAT_SECONDS = 30  # without a sign of life a process counts as dead; jax'
 _LOOK_SECONDS = 1.0  # between two looks at signals, others' decisions, and whether one has left
 _LEAVE_SECONDS = 10  # for all processes to leave together
 
-_DECISION, _LEFT = "mtllm/decision", "mtllm/left"
+_DECISION, _MET, _LEFT = "mtllm/decision", "mtllm/met", "mtllm/left"
 _LOST = re.compile(r"gloo|nccl|connection|socket|heartbeat|unavailable|unhealthy", re.IGNORECASE)
 
 
@@ -242,6 +242,17 @@ def after_first(function: Callable[[], Value]) -> Value:
     value = function()
     by_first(lambda: None)
     return value
+
+
+def meet() -> None:
+    """Wait until all processes have come here; they do so in the same order as to `by_first`."""
+    if _JOB is None:
+        return
+    _JOB.decisions += 1
+    met = f"{_MET}/{_JOB.decisions}"
+    _JOB.client.key_value_set(f"{met}/{_JOB.index}", "here")
+    for index in range(_JOB.count):
+        _awaited(_JOB, f"{met}/{index}")
 
 
 class Ballot:

@@ -59,6 +59,8 @@ SYSTEM_COLOURS = {
 OTHER_COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#8f6bbd", "#a8642a")
 MARKS = ("●", "◆", "■", "▲", "✚", "★", "▼")
 
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, columns, rows
+
 MINI_SCOPE = (
     "It shows the mechanism at work: how far labels in English alone carry into other languages "
     "when a frozen translation encoder is stacked under an LLM, beside what each of the two does "
@@ -83,6 +85,8 @@ def write_report(
     config: Mapping[str, Any],
     curves: Mapping[str, pd.DataFrame],
     facts: Mapping[str, Any],
+    tables: Sequence[Table] = (),
+    steps: Sequence[tuple[str, str]] | None = None,
 ) -> epath.Path:
     """Write run_folder/report.html, replacing an earlier one, and return its path.
 
@@ -92,6 +96,8 @@ def write_report(
     facts: "versions" ({name: version}), "scope" (a paragraph on what the results do and do not
       show; by default one for the embedded run, or one for a run on the user's own models or
       task), and anything else worth a line in "This run".
+    tables: shown behind the tests.
+    steps: how to go on, as `next_steps` has them, which are those of a finished run.
     """
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(
@@ -103,6 +109,7 @@ def write_report(
     )
     page = environment.get_template("report.html.j2").render(
         _context(run_folder, results, config, curves, facts)
+        | {"tables": tables, **({} if steps is None else {"steps": steps})}
     )
     path = run_folder / "report.html"
     write_text(path, page)

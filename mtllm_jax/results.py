@@ -89,8 +89,10 @@ def percent_factor(results: Mapping[str, Any]) -> int:
 
 
 def seeds_text(results: Mapping[str, Any]) -> str:
-    """ "seed 0", or "seeds 0, 1, 2"."""
+    """ "seed 0", or "seeds 0, 1, 2"; "seed unknown" where the model does not say."""
     seeds = results["seeds"]
+    if not seeds:
+        return "seed unknown"
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(seed) for seed in seeds)}"
 
 
@@ -101,6 +103,8 @@ def next_steps(run_folder: Path) -> list[tuple[str, str]]:
         ("report", f"{run_folder}/report.html"),
         ("answers", f"{run_folder}/predictions/*.jsonl"),
         ("in Python", f"mtllm_jax.load('{run_folder}').encode(['Kenia'], 'deu_Latn')"),
+        ("label", f"python launch/predict.py --model={run_folder} --input=FILE --output=FILE"),
+        ("evaluate", f"python launch/evaluate.py --model={run_folder} --test=FILE"),
         ("to torch", f"python launch/export.py --workdir={run_folder} --to=DIR"),
         ("own LLM", f"{train}configs/mtllm.py --workdir=NEW --config.llm=DIR"),
         ("own encoder", f"{train}configs/mtllm.py --workdir=NEW --config.encoder=DIR"),
@@ -110,9 +114,9 @@ def next_steps(run_folder: Path) -> list[tuple[str, str]]:
 
 
 def results_table(
-    results: Mapping[str, Any], run_folder: Path = Path("RUN"), width: int = LOG_WIDTH
+    results: Mapping[str, Any], run_folder: Path | None = Path("RUN"), width: int = LOG_WIDTH
 ) -> RenderableType:
-    """results.json as tables of at most `width` columns, and what one can do next.
+    """results.json as tables of at most `width` columns, and of a run what one can do next.
 
     A column a system, a row a language; where there are two tests a cell holds both, A before B.
     Systems that do not fit beside the others go to a further table. Beside what every results.json
@@ -126,6 +130,8 @@ def results_table(
     parts: list[RenderableType] = [
         _table(results, systems[start : start + beside]) for start in range(0, len(systems), beside)
     ]
+    if run_folder is None:
+        return Group(*parts, *_notes(results))
     # Commands stay on one line however long they are: they are there to be copied.
     steps = [
         Text(f"  {aim:<11} {command}", no_wrap=True, overflow="ignore")

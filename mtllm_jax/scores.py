@@ -4,7 +4,7 @@ Answers are a table of a row each: id, language, label, prediction; with several
 each. Rows of one id in several languages count as one item said in each of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,26 @@ def entry_mean(answers: pd.DataFrame, english: str) -> float:
     foreign = answers[answers["language"] != english]
     hits = foreign["label"] == foreign["prediction"]
     return float(hits.groupby(foreign["language"]).mean().mean())
+
+
+def by_group(
+    answers: pd.DataFrame, english: str, group_of: Callable[[str], str]
+) -> dict[str, dict[str, Any]]:
+    """{group: {"languages": how many, "mean", "interval", "macro_f1"}} of languages but English.
+
+    group_of: from a language's code. Means weigh the languages of a group alike.
+    """
+    foreign = answers[answers["language"] != english]
+    found = {}
+    for name, rows in foreign.groupby(foreign["language"].map(group_of)):
+        hits = _hits([rows])
+        found[str(name)] = {
+            "languages": int(hits["language"].nunique()),
+            "mean": entry_mean(rows, english),
+            "interval": _interval_of_mean(hits),
+            "macro_f1": _mean(_macro_f1(rows)),
+        }
+    return found
 
 
 def confusion(answers: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:

@@ -187,13 +187,13 @@ def _text_chunks(path: Path) -> list[pa.Array]:
 
 def _json_text(path: Path, line: int, cells: formats.Cells) -> str:
     where = formats.at(path, line)
-    _check_columns(cells, ["text"], where)
-    return _value(cells["text"], str, "text", where)
+    check_columns(cells, ["text"], where)
+    return cell_value(cells["text"], str, "text", where)
 
 
 def _parquet_texts(path: Path) -> list[pa.Array]:
     names, table = formats.read_parquet(path, ["text"])
-    _check_columns(names, ["text"], formats.header_at(path))
+    check_columns(names, ["text"], formats.header_at(path))
     column = table["text"]
     if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
         raise ValueError(f"{path}: the column 'text' is {column.type}, it must be string.")
@@ -206,7 +206,8 @@ def _parquet_texts(path: Path) -> list[pa.Array]:
     return column.chunks
 
 
-def _check_columns(names: Collection[str], required: Sequence[str], where: str) -> None:
+def check_columns(names: Collection[str], required: Sequence[str], where: str) -> None:
+    """ValueError for a required column that is not among the names, with the nearest there is."""
     for name in required:
         if name not in names:
             there = ", ".join(repr(n) for n in names) or "none"
@@ -252,7 +253,7 @@ def _find_columns(
                 )
             wanted = wanted or [name]
         if name in required:
-            _check_columns(cells, wanted, where)
+            check_columns(cells, wanted, where)
         if all(column in cells for column in wanted):
             found[name] = tuple(wanted)
     return found
@@ -285,7 +286,7 @@ def _read_cells(
         cells, columns = given, [f"choice {i}" for i in range(1, len(given) + 1)]
     each = str if kind is list else kind
     read = [
-        _value(cell, each, column, where, may_be_blank)
+        cell_value(cell, each, column, where, may_be_blank)
         for cell, column in zip(cells, columns, strict=True)
     ]
     return read if kind is list else read[0] if len(read) == 1 else " ".join(read)
@@ -301,7 +302,8 @@ def _stands_for(value: str, known: Mapping[str, str], name: str, where: str) -> 
     return known[value]
 
 
-def _value(value: object, kind: type, name: str, where: str, may_be_blank: bool = False) -> Any:
+def cell_value(value: object, kind: type, name: str, where: str, may_be_blank: bool = False) -> Any:
+    """A cell as str or int. ValueError for one that is empty, or cannot be that."""
     if may_be_blank and value is None:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_PIECE = 4096  # rows of a Parquet file that are Python objects at a time
 
 Cells = dict[str, Any]
 
@@ -38,6 +39,25 @@ def records(
         unread = dict.fromkeys(names)
         return ((row, unread | cells) for row, cells in enumerate(table.to_pylist(), 1))
     return json_records(path)
+
+
+def stream(path: Path) -> Iterator[tuple[int, Cells]]:
+    """As `records`, with all columns, and no more of a file in memory than a piece of it."""
+    if suffix_of(path) != ".parquet":
+        yield from records(path, ())
+        return
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_header(file.schema_arrow.names, str(path))
+            for piece in file.iter_batches(_PIECE):
+                for cells in piece.to_pylist():
+                    row += 1
+                    yield row, cells
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: text behind row {row} is not UTF-8.") from None
+    except (OSError, pa.ArrowException) as error:
+        raise _not_parquet(path, error) from None
 
 
 def _csv_records(path: Path, delimiter: str, quoting: Any) -> Iterator[tuple[int, Cells]]:
@@ -107,14 +127,18 @@ def read_parquet(path: Path, columns: Sequence[str]) -> tuple[list[str], pa.Tabl
             _check_header(names, str(path))
             table = file.read([name for name in columns if name in names])
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{path} cannot be read as Parquet ({reason}).") from None
+        raise _not_parquet(path, error) from None
     for name in table.column_names:
         try:
             table[name].validate(full=True)
         except pa.ArrowInvalid:
             _raise_at_bad_row(path, name, table[name])
     return names, table
+
+
+def _not_parquet(path: Path, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0].rstrip(".")
+    return ValueError(f"{path} cannot be read as Parquet ({reason}).")
 
 
 def _check_header(names: Sequence[str], where: str) -> None:

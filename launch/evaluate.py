@@ -1,0 +1,57 @@
+"""Score a model in many languages: python launch/evaluate.py --model=RUN --task=NAME --data=PATH
+
+RUN: a finished run, or what launch/export.py wrote. --test=FILE in the place of --task: rows of
+your own, columns text (and text_pair), label, language. The same command again goes on where it
+stopped; with --against=PREDICTIONS.jsonl|RUN it compares, row by row, without answering again.
+"""
+
+from absl import flags
+
+from mtllm_jax import cli, distributed
+
+_MODEL = flags.DEFINE_string("model", None, "folder of a finished run, or what export.py wrote")
+_TASK = flags.DEFINE_string("task", "", "a published benchmark: sib200, nusax, xnli, …")
+_DATA = flags.DEFINE_string("data", "", "of --task: the folder of its files")
+_ENGLISH_DATA = flags.DEFINE_string(
+    "english_data", "", "of --task: the folder of its rows in English, where it has none itself"
+)
+_TEST = flags.DEFINE_string("test", "", "rows of your own, in the place of --task")
+_LANGUAGES = flags.DEFINE_list("languages", ["all"], "FLORES-200 codes; all: those there are")
+_LIMIT = flags.DEFINE_integer("limit", None, "rows of each language, labels in proportion (all)")
+_AGAINST = flags.DEFINE_string("against", "", "predictions of another system: a file, or a run")
+_TO = flags.DEFINE_string("to", "", "folder to be written (evaluations/NAME-MODEL)")
+_BATCH_ROWS = flags.DEFINE_integer("batch_rows", 32, "texts in one forward pass")
+_FSDP = flags.DEFINE_integer("fsdp", 1, "devices that each copy of the weights is cut over")
+
+
+def main() -> None:
+    """Hand the flags over; as one of several processes where the environment says so."""
+    if not _MODEL.value:
+        raise ValueError("--model is missing; it must be the folder of a run, or an export.")
+    distributed.start()
+    # Late, so that a mistake at the door is answered before anything heavy is imported.
+    from mtllm_jax.evaluate import Source, evaluate
+    from mtllm_jax.metrics import Console
+
+    languages = () if _LANGUAGES.value == ["all"] else tuple(_LANGUAGES.value)
+    source = Source(
+        task=_TASK.value,
+        data=_DATA.value,
+        english_data=_ENGLISH_DATA.value,
+        test=_TEST.value,
+        languages=languages,
+        limit=_LIMIT.value,
+    )
+    evaluate(
+        _MODEL.value,
+        source,
+        against=_AGAINST.value,
+        to=_TO.value,
+        batch_rows=_BATCH_ROWS.value,
+        fsdp=_FSDP.value,
+        console=Console(),
+    )
+
+
+if __name__ == "__main__":
+    cli.run_main(main, __doc__)
