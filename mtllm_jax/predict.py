@@ -59,6 +59,8 @@ def predict(
     Raises ValueError, naming the flag or the file and the line, before the model is read where a
     file or flag can be no good, and in the end where no row could be answered.
     """
+    if is_remote(output):
+        raise ValueError(f"--output={output} is remote; it must be local, to be copied from.")
     target = Path(output)
     parts_folder = target.with_name(f"{target.name}.parts")
     source = (
@@ -156,8 +158,6 @@ def answer(
 
 
 def _check_output(target: Path, parts_folder: Path) -> None:
-    if is_remote(str(target)):
-        raise ValueError(f"--output={target} is remote; it must be local, to be copied from.")
     if target.suffix not in _SUFFIXES:
         raise ValueError(f"--output={target} must end in {' or '.join(_SUFFIXES)}.")
     # With its parts it was being written when it was stopped: the rest is to remove them.
@@ -217,6 +217,8 @@ def _write_out(
             answered += len(window.rows)
             rejects += len(window.entries) - len(window.rows)
             told(answered + rejects)
+        if answered + rejects != found.rows:
+            raise ValueError(f"the rows have changed: they were {found.rows}; start again.")
         if not answered:
             raise ValueError(f"none of the {rejects} rows can be answered; the first, {first}.")
     if not rejects:

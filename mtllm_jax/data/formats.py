@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_PIECE = 4096  # rows of a Parquet file that are Python objects at a time
+_PIECE = 1024  # rows of a Parquet file that are Python objects at a time
 
 Cells = dict[str, Any]
 
