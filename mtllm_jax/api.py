@@ -207,8 +207,8 @@ def load(
     return Model(
         student.stack,
         parts.source,
-        head=student.head,
-        labels=run.labels,
+        head=None if run.num_choices else student.head,
+        labels=() if run.num_choices else run.labels,
         causal=not run.config.bidirectional,
         dtype=run.config.compute_dtype,
         max_length=run.config.evaluation.max_length,

@@ -23,13 +23,10 @@ _ABOUT = "about.json"
 
 
 class Window(Protocol):
-    """Rows that are worked on together. digest: another one for other rows."""
+    """Rows that are worked on together, as JSON can hold them. place: of the window, from 0."""
 
     @property
     def place(self) -> int: ...
-
-    @property
-    def digest(self) -> str: ...
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]: ...
@@ -40,20 +37,18 @@ class Cut:
     """A window of rows that are in memory."""
 
     place: int
-    digest: str
     rows: Sequence[Mapping[str, Any]]
 
 
 def cut(rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[Cut]:
-    """The windows of rows that JSON can hold."""
+    """The windows of rows."""
     for place, begin in enumerate(range(0, len(rows), size)):
-        window = rows[begin : begin + size]
-        yield Cut(place, digest_of(window), window)
+        yield Cut(place, rows[begin : begin + size])
 
 
 def digest_of(value: Any) -> str:
-    """Of a value that JSON can hold, or whose other values a text stands for."""
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
+    """Another one for another value. The value is one that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 class Parts:
@@ -98,8 +93,9 @@ class Parts:
         there = dict(path.stem.split("-") for path in self.folder.glob("*.npy"))
         done = 0
         for window in windows:
-            before = there.get(f"{window.place:08}")
-            if before not in (None, window.digest):
+            path = self._path(window)
+            before = there.get(path.stem.split("-")[0])
+            if before not in (None, path.stem.split("-")[1]):
                 raise ValueError(
                     f"the rows have changed since {self.folder} was begun (those of window"
                     f" {window.place + 1} are others); remove it to begin anew."
@@ -108,7 +104,7 @@ class Parts:
                 continue
             if before is None:
                 values = run(window.rows) if window.rows else np.zeros((0, 0), np.float32)
-                with new_file(epath.Path(self._path(window))) as file:
+                with new_file(epath.Path(path)) as file:
                     np.save(file, values)
             done += len(window.rows)
             told(done)
@@ -116,15 +112,16 @@ class Parts:
 
     def read(self, window: Window) -> np.ndarray:
         """What it came to. ValueError where there is none: its rows have changed."""
-        if not self._path(window).exists():
+        path = self._path(window)
+        if not path.exists():
             raise ValueError(
                 f"the rows of window {window.place + 1} have changed while they were worked on;"
                 f" remove {self.folder} to begin anew."
             )
-        return np.load(self._path(window))
+        return np.load(path)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
 
     def _path(self, window: Window) -> Path:
-        return self.folder / f"{window.place:08}-{window.digest}.npy"
+        return self.folder / f"{window.place:08}-{digest_of(list(window.rows))}.npy"

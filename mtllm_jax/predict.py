@@ -112,14 +112,20 @@ def predict(
 
 
 def check_model(folder: str) -> str:
-    """What tells a model from others: a digest of its config. ValueError for what is no model."""
-    path = epath.Path(folder) / "config.json"
-    if not path.exists():
+    """A digest that tells a model from others. ValueError for a folder of none."""
+    path = epath.Path(folder)
+    if not (path / "config.json").exists():
         raise ValueError(
             f"--model={folder} holds no config.json; it must be the folder of a finished run, or"
             " what launch/export.py wrote of one."
         )
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    told = hashlib.sha256((path / "config.json").read_bytes())
+    for weights in sorted(path.glob("*.safetensors")):
+        about = weights.stat()
+        told.update(f"{weights.name} {about.length} {about.mtime}".encode())
+    if (done := path / "distillation" / "done.json").exists():
+        told.update(done.read_bytes())
+    return told.hexdigest()[:16]
 
 
 def open_model(folder: str, *, batch_rows: int, fsdp: int) -> api.Model:

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -356,28 +357,29 @@ def launch(*arguments, cwd, stdin=None):
     return done.returncode, done.stdout, done.stderr
 
 
-def rows_of(run):
-    """The run's test rows without labels, as many times as make several windows, and its answers.
+def rows_of(run, count):
+    """So many of the run's test rows, without labels, some of them several times, and its answers.
 
-    The order is shuffled, so that no window is of one language.
+    They are shuffled, so that no window is of one language.
     """
     table = pd.read_json(run / "predictions" / "mt_llm.jsonl", lines=True, dtype={"id": str})
-    table = pd.concat([table] * (3000 // len(table) + 1)).sample(frac=1, random_state=0)
+    table = table.sample(count, replace=True, random_state=0)
     rows = table[["id", "language", "text"]].to_dict("records")
     return rows, table["prediction"].tolist()
 
 
-def test_labels_are_those_that_the_run_predicted(mini_run, tmp_path):
-    """Over eight devices, in this process."""
-    rows, wanted = rows_of(mini_run)
-    settings = {"vectors": False, "language": "", "batch_rows": 60, "fsdp": 2}
-    source, output = write(tmp_path / "r.jsonl", rows[:300]), tmp_path / "out.jsonl"
+def test_labels_are_those_that_the_run_predicted(mini_run, tmp_path, monkeypatch):
+    """Over four devices, in this process."""
+    rows, wanted = rows_of(mini_run, 128)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
+    settings = {"vectors": False, "language": "", "batch_rows": 63, "fsdp": 2}
+    source, output = write(tmp_path / "r.jsonl", rows), tmp_path / "out.jsonl"
     console = Console(io.StringIO())
     predict.predict(str(mini_run), str(source), str(output), console=console, **settings)
     answers = read(output)
-    assert [row.pop("prediction") for row in answers] == wanted[:300]
+    assert [row.pop("prediction") for row in answers] == wanted
     assert all(abs(sum(row.pop("probabilities").values()) - 1) < 1e-4 for row in answers)
-    assert answers == rows[:300]
+    assert answers == rows
 
 
 def test_pairs_in_python(mini_run):
@@ -396,7 +398,7 @@ def test_pairs_in_python(mini_run):
 
 @pytest.mark.slow
 def test_killed_or_by_two_processes_the_output_is_the_same_to_the_byte(mini_run, tmp_path):
-    rows, wanted = rows_of(mini_run)
+    rows, wanted = rows_of(mini_run, 1500)
     write(tmp_path / "r.jsonl", rows)
     flags = [f"--model={mini_run}", "--input=r.jsonl"]
     code, printed, err = launch(*flags, "--output=whole.jsonl", cwd=tmp_path)
@@ -432,7 +434,7 @@ def test_an_export_gives_the_same_labels_from_standard_input(mini_run, tmp_path)
     subprocess.run(
         [*export, "--to=exported"], cwd=tmp_path, env=environment, check=True, timeout=300
     )
-    rows, wanted = rows_of(mini_run)
+    rows, wanted = rows_of(mini_run, 1500)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     flags = ["--model=exported", "--input=-", "--output=out.parquet"]
     code, _, err = launch(*flags, cwd=tmp_path, stdin=lines)

@@ -6,11 +6,10 @@ cells) is an error; what is wrong with one row is the row's `problem`.
 """
 
 import dataclasses
-import hashlib
+import functools
 import itertools
-import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,10 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Entries that follow each other. place: of the window, from 0. digest: of what is read."""
+    """Entries that follow each other. place: of the window, from 0."""
 
     place: int
     entries: list[Entry]
-    digest: str
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -85,19 +83,25 @@ def scan(path: Path, *, language: str, reserved: Collection[str]) -> Scan:
 
 def windows(path: Path, size: int, *, language: str, readable: Collection[str]) -> Iterator[Window]:
     """All rows, `size` to a window. readable: the languages that the model knows."""
+
+    @functools.cache  # to look for what is near an unknown one takes a while
+    def problem(code: str) -> str:
+        try:
+            source_language(code, readable)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     rest = formats.stream(path)
     for place in itertools.count():
-        entries = [
-            _entry(line, cells, language, readable) for line, cells in itertools.islice(rest, size)
-        ]
+        read = itertools.islice(rest, size)
+        entries = [_entry(line, cells, language, problem) for line, cells in read]
         if not entries:
             return
-        seen = [[*(one.cells.get(name) for name in _READ), one.problem] for one in entries]
-        digest = hashlib.sha256(json.dumps(seen, default=str).encode()).hexdigest()[:16]
-        yield Window(place, entries, digest)
+        yield Window(place, entries)
 
 
-def _entry(line: int, cells: dict[str, Any], language: str, readable: Collection[str]) -> Entry:
+def _entry(line: int, cells: dict[str, Any], language: str, problem: Callable[[str], str]) -> Entry:
     cells = {name: _json_cell(cell) for name, cell in cells.items()}
     if language and cells.get("language") in (None, ""):
         cells["language"] = language
@@ -108,10 +112,9 @@ def _entry(line: int, cells: dict[str, Any], language: str, readable: Collection
             if name in cells:
                 cell = "" if cells[name] is None else cells[name]
                 cells[name] = cell_value(cell, str, name, "row")
-        source_language(cells["language"], readable)
     except ValueError as error:
         return Entry(line, cells, str(error).removeprefix("row: ").rstrip("."))
-    return Entry(line, cells, "")
+    return Entry(line, cells, problem(cells["language"]))
 
 
 def _json_cell(cell: Any) -> Any:
