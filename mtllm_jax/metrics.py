@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtllm_jax import distributed
-from mtllm_jax.runfolder import Mirror, is_local
+from mtllm_jax.runfolder import Mirror, is_local, naming
 
 LOG_WIDTH = 100  # columns of a table where there is no terminal
 
@@ -70,7 +70,7 @@ class MetricsWriter:
                 raise ValueError(f"A metric is named {name!r}; it must be another name.")
             figure = float(value)
             line[name] = figure if math.isfinite(figure) else None
-        with _naming(self._path):
+        with naming(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         if self._mirror is not None:
@@ -91,7 +91,7 @@ class MetricsWriter:
             self._mirror.copy()
 
     def close(self) -> None:
-        with _naming(self._path):
+        with naming(self._path):
             self._file.close()
         self.sync()
 
@@ -100,16 +100,6 @@ class MetricsWriter:
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say what could not be written, which the system does not where a disk is full."""
-    try:
-        yield
-    except OSError as error:
-        what = f"the metrics could not be written ({error.strerror})"
-        raise OSError(error.errno, what, str(path)) from error
 
 
 def read_metrics(path: epath.PathLike) -> pd.DataFrame:

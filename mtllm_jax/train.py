@@ -158,14 +158,15 @@ def fit(
     seed: int,
     console: Console,
     watch: Watch = UNWATCHED,
-    add: Callable[[Batch], Batch] | None = None,
+    add: Callable[[], Callable[[Batch], Batch]] | None = None,
     flops: Callable[[Any], Flops] | None = None,
 ) -> nnx.State:
     """Train one stage to its last step, going on where an earlier start stopped.
 
-    rows: makes the random-access source of packed rows (`data.packing`); add: what a batch gets
-    beside. flops: of a step, given those rows; where it is there, and the device is one whose speed
-    is known, model and hardware FLOPs utilisation are logged (padding counts in the latter alone).
+    rows: makes the random-access source of packed rows (`data.packing`); add: then makes what gives
+    a batch what it has beside. flops: of a step, given those rows; where it is there, and the
+    device is one whose speed is known, model and hardware FLOPs utilisation are logged (padding
+    counts in the latter alone).
     Where the stage was trained before, its weights are read back. Raises Interrupted after saving
     when the process, or any of several, is asked to stop, FloatingPointError after ten skipped
     steps in a row.
@@ -198,7 +199,7 @@ def fit(
         seed=seed,
         mine=mine,
         workers=config.workers,
-        add=add,
+        add=None if add is None else add(),
     )
     one_step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, accumulation=config.accumulation

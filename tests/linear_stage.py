@@ -112,6 +112,6 @@ def run_fit(
         mesh=sharding.make_mesh(Mesh(), jax.devices()[:1]),
         seed=3,
         console=Console(said),
-        add=add,
+        add=None if add is None else lambda: add,
     )
     return result, said.getvalue()

@@ -70,7 +70,7 @@ def main():
         mesh=sharding.make_mesh(config.Mesh(data=1, fsdp=-1)),
         seed=5,
         console=Console(),
-        add=hold(folder),
+        add=lambda: hold(folder),
     )
 
 

@@ -1,6 +1,9 @@
 """MT-LLM, from checkpoints to the table (arXiv 2406.12739)."""
 
+import functools
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -29,6 +32,8 @@ from mtllm_jax.watch import Watch
 
 __all__ = ["dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
 
+ROWS = "rows.json"  # in a run folder: SHA-256 of the task's rows
+
 TRAINED_STAGES = {
     "mini_nllb": "mini NLLB",
     "mini_llama": "mini Llama",
@@ -52,6 +57,8 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
     job = Job(inputs.config, folder, console, inputs.mesh, config.seed, watch)
     if inputs.revisions:
         folder.write_json(REVISIONS, inputs.revisions)
+    if inputs.task is not None:
+        distributed.by_first(functools.partial(_check_rows, folder, inputs.task))
     made = train(job, inputs)
     with job.stage("evaluation", "evaluation"):
         scores = evaluate(
@@ -74,6 +81,30 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
     }
     write_report(folder.path, results, to_dict(config), curves, facts(job, made.task))
     console.print(results_table(results, folder.path, console.width))
+
+
+def _check_rows(folder: RunFolder, task: Task) -> None:
+    """Write down what the task's rows are; ValueError if an earlier start had others.
+
+    Each stage checks what it trains on, but a stage that is done no longer looks.
+    """
+    rows = {
+        "training": list(task.train),
+        "test": {name: list(rows) for name, rows in task.tests.items()},
+        "translated test": list(task.translated),
+    }
+    digests = {
+        kind: hashlib.sha256(json.dumps(given).encode()).hexdigest() for kind, given in rows.items()
+    }
+    if not (folder.path / ROWS).exists():
+        folder.write_json(ROWS, digests)
+        return
+    before = folder.read_json(ROWS)
+    if changed := [kind for kind in digests if digests[kind] != before[kind]]:
+        raise ValueError(
+            f"the task's {' and '.join(changed)} rows are not those that {folder.path} began with;"
+            " put them back, or choose another workdir."
+        )
 
 
 def facts(job: Job[MTLLM], task: Task) -> dict[str, Any]:

@@ -327,7 +327,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
             seed=seed,
             console=job.console,
             watch=job.watch,
-            add=lambda batch: read().add(batch, {"label": task.label_ids(task.train)}),
+            add=lambda: read().beside({"label": task.label_ids(task.train)}),
         )
         return nnx.merge(graph, trained, frozen)
 
@@ -339,10 +339,10 @@ class _TaskRows:
     rows: Rows
     marks: np.ndarray | None
 
-    def add(self, batch: Batch, tables: Mapping[str, np.ndarray]) -> Batch:
-        """The batch with what belongs to its texts."""
+    def beside(self, tables: Mapping[str, np.ndarray]) -> Callable[[Batch], Batch]:
+        """What gives a batch what belongs to its texts."""
         marks = {} if self.marks is None else {"marks": self.marks}
-        return add_by_example({**tables, **marks})(batch)
+        return add_by_example({**tables, **marks})
 
 
 def _source_rows(config: MTLLM, parts: Parts, task: Task, training: Training) -> _TaskRows:
@@ -473,7 +473,7 @@ def task_distillation(
             seed=seed,
             console=job.console,
             watch=job.watch,
-            add=lambda batch: read().add(batch, {"teacher": vectors}),
+            add=lambda: read().beside({"teacher": vectors}),
         )
         return StackClassifier(nnx.merge(graph, trained, frozen), teacher.head)
 
@@ -661,7 +661,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderCla
             seed=seed,
             console=job.console,
             watch=job.watch,
-            add=lambda batch: read().add(batch, {"label": task.label_ids(task.train)}),
+            add=lambda: read().beside({"label": task.label_ids(task.train)}),
         )
         return nnx.merge(graph, trained, frozen)
 

@@ -51,6 +51,11 @@ def test_other_texts_or_labels_are_refused():
             other.set_state(there.get_state())
 
 
+def put(old, new):
+    """What changes a file's first `old` into `new`."""
+    return lambda path: path.write_text(path.read_text().replace(old, new, 1))
+
+
 def alter(weights):
     """A number in the midst of the file, in its exponent too: less would be lost in bfloat16."""
     middle = weights.stat().st_size // 2
@@ -59,7 +64,7 @@ def alter(weights):
 
 
 @pytest.mark.slow
-def test_a_run_whose_text_or_model_was_changed(mini_run, tmp_path):
+def test_a_run_whose_text_task_or_model_was_changed(mini_run, tmp_path):
     """Refused in a sentence and left as it is; put back, the same command goes on."""
     models = shutil.copytree(mini_run / "mini_llama" / "model", tmp_path / "llm")
     fields = reduced.own_fields(tmp_path, mini_run) | {"llm": models}
@@ -76,13 +81,19 @@ def test_a_run_whose_text_or_model_was_changed(mini_run, tmp_path):
         processes.ended(60)
     before = metrics.read_bytes()
 
-    text, weights = tmp_path / "t.txt", models / "model.safetensors"
+    weights = models / "model.safetensors"
     for changed, change, said in (
-        (text, lambda: text.write_text("Peru and Chile\nKenya is in Africa\n" * 20), "the data is"),
-        (weights, lambda: alter(weights), "was trained on frozen weights "),
+        (tmp_path / "t.txt", put("Kenya", "Chile"), "the data is not what it was"),
+        (
+            tmp_path / "a.tsv",
+            put("Kenya\tAfrica", "Kenya\tAmerica"),
+            "the task's training rows are",
+        ),
+        (tmp_path / "b.jsonl", put("Kenya", "Chile"), "the task's test rows are not those"),
+        (weights, alter, "was trained on frozen weights "),
     ):
         kept = changed.read_bytes()
-        change()
+        change(changed)
         with Processes(1, *command, cwd=tmp_path, devices=1) as processes:
             codes, _, (err,) = processes.ended()
         changed.write_bytes(kept)

@@ -93,7 +93,6 @@ def test_a_whole_run_stopped_again_and_again(tmp_path, mini_run):
     train = (TRAIN, f"--config={mini_run}/config.json", f"--workdir={folder}")
     for stage, step, signum in (
         ("mini_nllb", 13, signal.SIGKILL),
-        ("adaptation", reduced.STEPS, signal.SIGKILL),
         ("distillation", 12, signal.SIGTERM),
     ):
         with Processes(1, *train, cwd=tmp_path, devices=1) as processes:

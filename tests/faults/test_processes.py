@@ -14,7 +14,7 @@ TOLERANCE = 1e-5  # of a loss, and of each array's largest number
 
 
 def test_killed_and_started_again_by_other_counts(uninterrupted, tmp_path):
-    """2 processes, one of them killed; 2, one asked to stop; 1; 4: losses and weights of one."""
+    """2 processes, one of them killed; 1; 4, one of them asked to stop; 1: as if by one alone."""
     folder = tmp_path / "stage"
     with stopped.start(folder, "--hold=17", count=2) as processes:
         stopped.hold(processes, folder, 14)
@@ -27,8 +27,8 @@ def test_killed_and_started_again_by_other_counts(uninterrupted, tmp_path):
     assert len(stopped.metrics(folder)) < stopped.STEPS and not (folder / "params").exists()
 
     step = 14
-    # Of two processes both know at the step after that in which one is asked.
-    for count, given, stops_at in ((2, 4, 20), (1, 15, 36)):
+    # Of several processes all know at the step after that in which one is asked.
+    for count, given, stops_at in ((1, 20, 35), (4, 2, 39)):
         with stopped.start(folder, f"--hold={given}", count=count) as processes:
             stopped.hold(processes, folder)
             processes.processes[-1].send_signal(signal.SIGTERM)
@@ -41,7 +41,7 @@ def test_killed_and_started_again_by_other_counts(uninterrupted, tmp_path):
         assert first == f"stopped: a stage, step {step} of 40; saved."
         assert last.startswith("Go on with: ") and err[1:] == [""] * (count - 1)
 
-    assert f"going on from step {step} of 40" in stopped.finish(folder, count=4)
+    assert f"going on from step {step} of 40" in stopped.finish(folder)
     same = (stopped.metrics(folder), stopped.metrics(uninterrupted))
     assert [line["step"] for line in same[0]] == [line["step"] for line in same[1]]
     for name in ("source_fill", "target_fill"):  # of a batch: these are the same rows
