@@ -46,9 +46,10 @@ def tokenised(
         lambda some, length: source.encode(some, ENGLISH, max_length=length),
         texts,
         lengths["source"],
+        len,
     )
     targets, cut_targets = encode_cut(
-        lambda some, length: target.encode(some, max_length=length), texts, lengths["target"]
+        lambda some, length: target.encode(some, max_length=length), texts, lengths["target"], len
     )
     pairs = zip(sources, targets, strict=True)
     tokens = [{"source": one, "target": other} for one, other in pairs]

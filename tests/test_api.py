@@ -41,7 +41,8 @@ def test_vectors_are_those_of_the_stages_that_made_the_run(run, model):
     folder = RunFolder(run, to_dict(config))
     made = systems.train(Job(config, folder, Console(io.StringIO()), inputs.mesh, 0), inputs)
     folder.close()
-    forward = stacking.stack_forward(made.student.stack, causal=False, dtype=config.compute_dtype)
+    stack, dtype = made.tuned[0].student.stack, config.compute_dtype
+    forward = stacking.stack_forward(stack, causal=False, dtype=dtype)
     pad_id = made.parts.source.pad_id
     vectors = Vectors(*forward, pad_id=pad_id, batch_rows=8, mesh=inputs.mesh)
     expected = vectors(made.parts.source.encode(TEXTS, LANGUAGES))
