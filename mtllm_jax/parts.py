@@ -23,10 +23,14 @@ _ABOUT = "about.json"
 
 
 class Window(Protocol):
-    """Rows that are worked on together, as JSON can hold them. place: of the window, from 0."""
+    """Rows that are worked on together, as JSON can hold them. place: of the window, from 0. size:
+    those of its rows that there is nothing to do for included."""
 
     @property
     def place(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]: ...
@@ -38,6 +42,10 @@ class Cut:
 
     place: int
     rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
 
 
 def cut(rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[Cut]:
@@ -106,7 +114,7 @@ class Parts:
                 values = run(window.rows) if window.rows else np.zeros((0, 0), np.float32)
                 with new_file(epath.Path(path)) as file:
                     np.save(file, values)
-            done += len(window.rows)
+            done += window.size
             told(done)
         distributed.meet()
 

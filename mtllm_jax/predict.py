@@ -108,7 +108,7 @@ def predict(
     _forget_standard_input(rows, source)
     console.print(f"{target}: {total - rejects} rows")
     if rejects:
-        console.warn(f"{rejects} rows have no answer; {_rejects_of(target)} says why")
+        console.warn(f"rows without an answer: {rejects}; {_rejects_of(target)} says why")
 
 
 def check_model(folder: str) -> str:

@@ -174,7 +174,8 @@ def test_rows_without_an_answer_are_kept_apart_with_the_reason(made):
     Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     printed = answered("r.jsonl")
     assert read("out.jsonl") == [expected(row) for row in ROWS]
-    assert "warning: 8 rows have no answer; out.jsonl.rejects.jsonl says why" in printed
+    assert "warning: rows without an answer: 8; out.jsonl.rejects.jsonl says why" in printed
+    assert "answering  23/23 rows" in printed
     rejects = read("out.jsonl.rejects.jsonl")
     assert [reject["line"] for reject in rejects] == list(range(16, 24))
     for (row, reason), reject in zip(bad, rejects, strict=True):

@@ -37,6 +37,10 @@ class Window:
     entries: list[Entry]
 
     @property
+    def size(self) -> int:
+        return len(self.entries)
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """The cells of those that can be answered."""
         return [entry.cells for entry in self.entries if not entry.problem]
