@@ -18,10 +18,11 @@ from etils import epath
 import mtllm_jax
 from mtllm_jax import api, distributed, scores
 from mtllm_jax.data import formats
-from mtllm_jax.data.benchmarks import read_benchmark, source_language
+from mtllm_jax.data.benchmarks import STAND_INS, read_benchmark, source_language
 from mtllm_jax.data.benchmarks.benchmark import sample
 from mtllm_jax.data.files import check_columns, read_rows
-from mtllm_jax.languages import ENGLISH
+from mtllm_jax.hf.files import is_remote
+from mtllm_jax.languages import ENGLISH, LANGUAGES
 from mtllm_jax.metrics import Console, Stage
 from mtllm_jax.parts import Parts, cut, digest_of
 from mtllm_jax.predict import answer, check_model, open_model
@@ -118,12 +119,16 @@ def evaluate(
     another evaluation.
     """
     source.check()
+    if is_remote(to):
+        raise ValueError(f"--to={to} is remote; it must be a local folder, to be copied from.")
     fingerprint = check_model(model)
     read = _read(source)
     other = _Other(against) if against else None
+    if other is not None:
+        other.on_rows_of(pd.DataFrame(read.rows))
     folder = epath.Path(to or f"evaluations/{source.name}-{Path(model).absolute().name}")
     about = {"model": fingerprint, "name": source.name, "rows": digest_of(read.rows)}
-    distributed.by_first(lambda: _claim(folder, about))
+    distributed.by_first(lambda: _check_folder(folder, about))
     if distributed.by_first((folder / _PREDICTIONS).exists):
         console.print(f"the answers are those in {folder / _PREDICTIONS}")
     else:
@@ -169,7 +174,7 @@ def _read(source: Source) -> Rows:
     rows = read_rows(
         source.test,
         columns={"text": str, "label": str, "language": str},
-        languages=None,
+        languages=(*LANGUAGES, *STAND_INS),
     )
     if missing := [code for code in source.languages if code not in {r["language"] for r in rows}]:
         raise ValueError(f"--languages names {missing[0]}; {source.test} has no rows in it.")
@@ -210,7 +215,7 @@ def _readable(source: Source, read: Rows, readable: Sequence[str]) -> Rows:
 # ---------------------------------------------------------------- answers
 
 
-def _claim(folder: epath.Path, about: Mapping[str, Any]) -> None:
+def _check_folder(folder: epath.Path, about: Mapping[str, Any]) -> None:
     """ValueError for a folder of something else."""
     path = folder / _ABOUT
     if path.exists():
@@ -225,7 +230,6 @@ def _claim(folder: epath.Path, about: Mapping[str, Any]) -> None:
         raise ValueError(
             f"--to={folder} is not an empty folder, nor an evaluation; choose another."
         )
-    write_json(path, {"about": about})
 
 
 def _answer(
@@ -237,6 +241,7 @@ def _answer(
 ) -> None:
     """Write predictions/mt_llm.jsonl, and what is to be known of it beside."""
     stage = Stage()
+    write_json(folder / _ABOUT, {"about": about})
     parts = Parts(Path(folder) / "parts", about)
     count = len(read.rows)
     answer(model, parts, cut(read.rows, api.WINDOW), count, vectors=False, console=console)
