@@ -83,8 +83,10 @@ def compare(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
     """Two systems on the rows that both have answered, as a paired test.
 
     {"rows", "difference" of accuracies, ours less theirs, "interval" of it, "only_ours" and
-    "only_theirs": rows that one of them alone has right, "p": the exact two-sided McNemar test
-    (doi:10.1007/BF02295996) on these}. ValueError if no row is common, or if labels differ.
+    "only_theirs": rows that one of them alone has right, "p": of the exact two-sided sign test over
+    items, by which of the two has an item right in more of its languages}. Where each item is one
+    row that is McNemar's test (doi:10.1007/BF02295996). ValueError if no row is common, or if
+    labels differ.
     """
     both = ours.merge(theirs, on=["id", "language"], suffixes=("", "_theirs"))
     if both.empty:
@@ -98,13 +100,15 @@ def compare(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
     right = (both["label"] == both["prediction"]).to_numpy(int)
     right_theirs = (both["label"] == both["prediction_theirs"]).to_numpy(int)
     gained, lost = int(np.sum(right > right_theirs)), int(np.sum(right < right_theirs))
-    # Of rows that both have right or wrong nothing is learnt; none of the others is no difference.
-    p = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     change = pd.DataFrame({"id": both["id"], "right": right - right_theirs})
+    by_item = change.groupby("id")["right"].sum().to_numpy()
+    # Of items in which they are level nothing is learnt; none of the others is no difference.
+    better, worse = int(np.sum(by_item > 0)), int(np.sum(by_item < 0))
+    p = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
     return {
         "rows": len(both),
         "difference": float(change["right"].mean()),
-        "interval": _interval(change.groupby("id")["right"].sum().to_numpy(), len(both)),
+        "interval": _interval(by_item, len(both)),
         "only_ours": gained,
         "only_theirs": lost,
         "p": float(p),

@@ -117,11 +117,35 @@ def test_two_systems_are_compared_on_common_rows():
     assert found["rows"] == 238
     assert (found["only_ours"], found["only_theirs"]) == (only_ours, only_theirs)
     assert found["difference"] == pytest.approx((only_ours - only_theirs) / 238)
-    count, least = only_ours + only_theirs, min(only_ours, only_theirs)
-    tail = sum(math.comb(count, k) for k in range(least + 1)) / 2**count
-    assert found["p"] == pytest.approx(min(1.0, 2 * tail))
+    net = collections.Counter()
+    for (a, b), id_ in zip(both, right[right["id"] != "7"]["id"], strict=True):
+        net[id_] += int(a) - int(b)
+    wanted = two_sided(sum(x > 0 for x in net.values()), sum(x < 0 for x in net.values()))
+    assert found["p"] == pytest.approx(wanted)
     low, high = found["interval"]
     assert low <= found["difference"] <= high
+
+
+def two_sided(gained, lost):
+    """The exact sign test, from its closed form."""
+    count = gained + lost
+    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1)) / 2**count
+    return min(1.0, 2 * tail)
+
+
+def test_of_one_language_it_is_mcnemars_test():
+    ours, theirs = (answers(seed, {"deu_Latn": 120}, share) for seed, share in ((3, 0.8), (4, 0.6)))
+    found = scores.compare(ours, theirs)
+    assert found["p"] == pytest.approx(two_sided(found["only_ours"], found["only_theirs"]))
+    assert found["p"] < 0.05
+
+
+def test_an_item_said_in_many_languages_is_one():
+    """Copies of a language tell no more than it does."""
+    ours, theirs = (answers(seed, {"deu_Latn": 120}, share) for seed, share in ((3, 0.8), (4, 0.6)))
+    codes = ("deu_Latn", "fra_Latn", "jpn_Jpan")
+    copies = [pd.concat([one.assign(language=c) for c in codes]) for one in (ours, theirs)]
+    assert scores.compare(*copies)["p"] == pytest.approx(scores.compare(ours, theirs)["p"])
 
 
 def test_what_cannot_be_compared():
