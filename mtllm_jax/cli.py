@@ -70,9 +70,10 @@ def run_main(
       schema: maps what a config file returned to its dataclass; None = no --config flag.
       resumes: whether the same command goes on after an interrupt; asked when one comes.
 
-    Exit codes: 0 done, or stopped by SIGTERM; 2 a user's mistake, or a training that diverged (one
-    sentence on stderr); 130 Ctrl-C. Any other exception is a bug and keeps its traceback. One of
-    several processes that ends early ends the others with its code; 1 where another has died.
+    Exit codes: 0 done, or stopped by SIGTERM; 2 a user's mistake, a full disk, or a training that
+    diverged (one sentence on stderr); 130 Ctrl-C. Any other exception is a bug and keeps its
+    traceback. One of several processes that ends early ends the others with its code; 1 where
+    another has died.
     """
     quiet()
     raise_on_signal()

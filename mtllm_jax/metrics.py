@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtllm_jax import distributed
-from mtllm_jax.runfolder import Mirror, is_local, naming
+from mtllm_jax.runfolder import Mirror, is_local, naming, new_file
 
 LOG_WIDTH = 100  # columns of a table where there is no terminal
 
@@ -80,9 +80,8 @@ class MetricsWriter:
         """Drop the lines of steps beyond `step`, that of the restored checkpoint."""
         self._file.close()
         kept = [text for text, line in _lines(self._path) if line["step"] <= step]
-        temporary = self._path.with_name(self._path.name + ".part")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
+        with new_file(epath.Path(self._path)) as file:
+            file.write("".join(kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
 
     def sync(self) -> None:

@@ -265,12 +265,16 @@ def new_file(path: epath.Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # One name per file: a leftover of a killed process is written over, not heaped up.
     temporary = path.parent / f".{path.name}.unfinished"
-    with naming(path):
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    try:
+        with naming(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -318,9 +322,14 @@ class Mirror:
         self._due = ended + max(_COPY_SECONDS, _COPY_SHARE * (ended - began))
 
     def copy_if_due(self) -> None:
-        """Once a minute, or less often where that would take more than a hundredth of the time."""
+        """Once a minute, or less often where that would take more than a hundredth of the time.
+
+        A copy that fails is left to the next: what keeps failing, `copy` tells.
+        """
         if time.monotonic() > self._due:
-            self.copy()
+            self._due = time.monotonic() + _COPY_SECONDS
+            with contextlib.suppress(Exception):  # gcsfs and aiohttp have errors of many kinds
+                self.copy()
 
 
 @functools.cache

@@ -201,6 +201,12 @@ def fit(
         workers=config.workers,
         add=None if add is None else add(),
     )
+    position = iterator.get_state()
+    if distributed.by_first(lambda: position) != position:
+        raise ValueError(
+            f"the rows of {title} are not those of process 0; texts, labels and tokenizers must be"
+            " the same on every machine."
+        )
     one_step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, accumulation=config.accumulation
     )
@@ -264,15 +270,18 @@ def fit(
     goodput.write()
     stage.notes |= {"goodput": round(goodput.share, 4), "step_seconds": log.percentiles()}
     if distributed.is_first():
-        # Those of earlier starts count too.
-        skipped = int(np.sum(read_metrics(stage.metrics).get("skipped", 0)))
-        stage.notes["skipped"] = skipped
+        stage.notes["skipped"] = skipped = skipped_steps(stage)
         if skipped:
             console.warn(
                 f"{skipped} of {config.steps} steps were skipped, as their gradients were not"
                 " finite or their batches empty."
             )
     return state.trainable
+
+
+def skipped_steps(stage: StageFolder) -> int:
+    """How many of the stage's steps so far were skipped, those of earlier starts too."""
+    return int(np.sum(read_metrics(stage.metrics).get("skipped", 0)))
 
 
 def _sizes(state: TrainState, frozen: Any) -> dict[str, int]:
@@ -305,6 +314,8 @@ class _Log:
             self._writer.truncate_after(step)
         self._sinks = sinks
         self._rates = np.asarray(learning_rate(config)(jnp.arange(config.steps)))
+        # A skipped step is none for the schedule.
+        self._updates = step - skipped_steps(stage) if distributed.is_first() else step
         self._utilisation = _utilisation(flops)
         self._progress = console.progress(config.steps, title, done=step)
         self._pending: tuple[int, Terms, float] | None = None  # and when its dispatch began
@@ -317,11 +328,10 @@ class _Log:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._progress.close()
-        if self._writer is not None:
-            self._writer.close()
-        for sink in self._sinks:
-            sink.close()
+        with contextlib.ExitStack() as closing:  # each, though another cannot write its last lines
+            for part in (*self._sinks, self._writer, self._progress):
+                if part is not None:
+                    closing.callback(part.close)
 
     def is_device_busy(self) -> bool:
         """Whether the step dispatched last is still being computed."""
@@ -350,7 +360,8 @@ class _Log:
         if self._pending is not None:
             self._write(*self._pending)
         if sync and self._writer is not None:
-            self._writer.sync()
+            for part in (self._writer, *self._sinks):
+                part.sync()
 
     def _write(self, step: int, terms: Terms, began: float) -> None:
         self._pending = None
@@ -359,7 +370,8 @@ class _Log:
             name: float(total) / float(count) if count else float("nan")
             for name, (total, count) in sums.items()
         }
-        values["lr"] = float(self._rates[step - 1])
+        values["lr"] = float(self._rates[self._updates])
+        self._updates += not values["skipped"]
         values |= self._speed(sums, began)
         if self._writer is not None:
             self._writer.write(step, values)

@@ -26,6 +26,9 @@ class Sink(Protocol):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of one step."""
 
+    def sync(self) -> None:
+        """Have all of them so far where they are kept."""
+
     def close(self) -> None:
         """No more will come."""
 
@@ -140,7 +143,12 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         if self._mirror is not None:
-            self._mirror.copy_if_due()
+            self._mirror.copy_if_due()  # of what it has flushed, as it does every two minutes
+
+    def sync(self) -> None:
+        self._writer.flush()
+        if self._mirror is not None:
+            self._mirror.copy()
 
     def close(self) -> None:
         self._writer.close()
@@ -164,6 +172,9 @@ class _WeightsAndBiases:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def sync(self) -> None:
+        """It sends what it has by itself."""
 
     def close(self) -> None:
         self._run.finish()

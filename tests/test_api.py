@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reduced
+from safetensors.numpy import load_file, save_file
 
 import mtllm_jax
 from mtllm_jax.config import MTLLM
@@ -22,7 +24,9 @@ TEXTS = ["Kenia und Ghana", "ケニア", "Kenya and Ghana", "Peru"]
 LANGUAGES = ["deu_Latn", "jpn_Jpan", "eng_Latn", "deu_Latn"]
 
 
-@pytest.fixture(scope="module", params=["mini_run", "own_run"])
+@pytest.fixture(
+    scope="module", params=["mini_run", pytest.param("own_run", marks=pytest.mark.slow)]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, all weights trained or adapters alone, in another place than it was made."""
     folder = tmp_path_factory.mktemp("moved") / "run"
@@ -120,3 +124,20 @@ def test_models_that_are_gone_and_weights_that_are_damaged(tmp_path, mini_run):
     shutil.rmtree(run / "mini_llama")
     with pytest.raises(ValueError, match=r"mini_llama/model is not a folder"):
         mtllm_jax.load(run)
+
+
+def test_a_run_whose_encoder_is_another_now_is_refused(mini_run, tmp_path):
+    """Finished stages no longer look at it, and their weights are of use with the old one alone."""
+    run = Path(shutil.copytree(mini_run, tmp_path / "run"))
+    path = run / "mini_nllb" / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("encoder.layers.0.fc1.weight"))
+    tensors[name][0, 0] += 1e-3
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"weights of encoder are not those that .*run was trained"
+    ):
+        mtllm_jax.load(run)
+    flags = [*reduced.ARGUMENTS, *reduced.flags({"stage1": run, "seeds": "3"})]
+    done = reduced.train(*flags, "--workdir=new", cwd=tmp_path)
+    assert done.returncode == 2 and "the weights of encoder are not those that" in done.stderr

@@ -16,7 +16,7 @@ from mtllm_jax.models import layers, llama
 from mtllm_jax.models.bert import Bert, BertConfig
 from mtllm_jax.models.llama import LlamaConfig
 from mtllm_jax.models.nllb import NLLBConfig
-from mtllm_jax.models.stack import classification_head, llm_pooled
+from mtllm_jax.models.stack import llm_pooled
 from mtllm_jax.ops import attention as module
 from mtllm_jax.ops.attention import BACKENDS, attention, check_attention, choose_backend
 from mtllm_jax.plan.abstract import abstract_mesh
@@ -475,13 +475,13 @@ def test_every_model_of_the_stack_says_whether_rows_are_packed(num_texts, monkey
         monkeypatch.setattr(place, "attention", spy)
     parts, ids = tiny.parts(), np.ones((2, 8), np.int32)
     stack = stacking.build_stack(tiny.settings(), parts, 0)
-    head = classification_head(tiny.ENCODER.width, 2, nnx.Rngs(0))
-    encoder = stacking.EncoderClassifier(parts.encoder, head)
     bert = Bert(BertConfig(8, 16, 1, 2, 16, num_positions=8), nnx.Rngs(0))
     for run in (
         lambda: stack.pooled(ids, ids, num_texts, causal=False),
         lambda: llm_pooled(parts.llm, ids, ids, num_texts, causal=False),
-        lambda: encoder.pooled(ids, ids, num_texts, jnp.float32, None),
+        lambda: stacking.encoder_pooled(
+            parts.encoder, ids, ids, num_texts, jnp.float32, None, None
+        ),
         lambda: bert.encode(ids, ids, packed=num_texts > 1),
     ):
         told.clear()

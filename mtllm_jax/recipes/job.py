@@ -79,14 +79,22 @@ class Job(Generic[Config]):
             return
         before = read_json(folder.path / _STARTS) if (folder.path / _STARTS).exists() else {}
         started = time.monotonic()
-        try:
-            with self.console.stage(title):
-                yield folder
-        finally:
+
+        def spend() -> dict[str, Any]:
             seconds = before.get("seconds", 0.0) + time.monotonic() - started
             memory = max(before.get("peak_memory_gb", 0.0), _peak_memory() / 1e9)
             spent = {"seconds": round(seconds, 2), "peak_memory_gb": round(memory, 3)}
             write_json(folder.path / _STARTS, spent)
+            return spent
+
+        try:
+            with self.console.stage(title):
+                yield folder
+        except BaseException:
+            with contextlib.suppress(OSError):  # a full disk: what has ended the stage says more
+                spend()
+            raise
+        spent = spend()
 
         def finish() -> dict[str, Any]:
             folder.finish(spent)

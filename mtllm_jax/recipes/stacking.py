@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mtllm_jax import distributed
-from mtllm_jax.checkpoint import load_params
+from mtllm_jax.checkpoint import load_params, tree_hash
 from mtllm_jax.config import MTLLM, Training
 from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import Batch, add_by_example
@@ -51,9 +51,11 @@ from mtllm_jax.models.stack import (
 )
 from mtllm_jax.objectives import Terms, classification, pooled_mse
 from mtllm_jax.recipes.job import Job
-from mtllm_jax.runfolder import new_file
+from mtllm_jax.runfolder import new_file, read_json, write_json
 from mtllm_jax.tasks.task import Row, Task, texts_of
 from mtllm_jax.train import Objective, fit
+
+WEIGHTS = "weights.json"  # in a run folder: `tree_hash` of encoder and LLM, as they are read
 
 
 @dataclasses.dataclass
@@ -99,6 +101,29 @@ def load_parts(
         encoder=load_encoder(encoder_folder, dtype=dtype, progress=told_encoder, **options),
         llm=llm,
     )
+
+
+def check_weights(run: epath.Path, parts: Parts, *, write: bool = False) -> None:
+    """Raise ValueError unless the models are those that a run has begun with, bit for bit.
+
+    What was trained is of use with these alone, and a stage that is done no longer looks at them.
+    write: where the run has just begun, write down what they are.
+    """
+    path = run / WEIGHTS
+    models = {"encoder": parts.encoder, "llm": parts.llm}
+    hashes = {name: tree_hash(nnx.state(model)) for name, model in models.items()}
+
+    def before() -> dict[str, str]:
+        if write and not path.exists():
+            write_json(path, hashes)
+        return read_json(path)
+
+    known = distributed.by_first(before)
+    if changed := [name for name in hashes if hashes[name] != known[name]]:
+        raise ValueError(
+            f"the weights of {' and '.join(changed)} are not those that {run} was trained with; put"
+            " them back, or begin in another workdir."
+        )
 
 
 def is_trained(config: MTLLM) -> Any:

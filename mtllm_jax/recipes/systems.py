@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -84,7 +85,9 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         job.console.print(note)
     describe_model(job.run, task, encoder_folder, llm_folder, config.llm_adapters)
     parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh, job.console)
+    stacking.check_weights(job.run.path, parts, write=True)
     if english is None:
+        stacking.check_weights(epath.Path(config.stage1), parts)
         adapted = stacking.load_adapted(config, parts)
     else:
         adapted = stacking.general_adaptation(job, parts, english)

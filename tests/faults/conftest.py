@@ -22,7 +22,7 @@ def killed(tmp_path_factory):
     with stopped.start(folder, "--hold=17") as processes:
         stopped.hold(processes, folder, 14)
         processes.processes[0].kill()
-        codes, _, err = processes.ended(60)
+        codes, _, err = processes.ended(200)
     assert codes == [-9] and err == [""]
     assert len(stopped.metrics(folder)) == 16  # a step is written down once the next has begun
     (folder / "held-0").unlink()

@@ -78,7 +78,7 @@ def test_a_run_whose_text_task_or_model_was_changed(mini_run, tmp_path):
     metrics = tmp_path / "run" / "adaptation" / "metrics.jsonl"
     with Processes(1, *command, cwd=tmp_path, devices=1) as processes:
         processes.signal_at(metrics, 25, 0, signal.SIGKILL)
-        processes.ended(60)
+        processes.ended(200)
     before = metrics.read_bytes()
 
     weights = models / "model.safetensors"

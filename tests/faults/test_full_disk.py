@@ -28,7 +28,7 @@ def test_a_stage_ends_and_goes_on_where_there_is_room(small_disk, uninterrupted,
         stopped.hold(processes, folder, 7)
         filler = fill(small_disk)
         stopped.release(processes, folder)
-        codes, _, (err,) = processes.ended(60)
+        codes, _, (err,) = processes.ended(200)
     assert codes == [2], err
     assert err.count("\n") == 1 and re.match(r"error: .*No space left on device.*/stage/", err)
     assert not (folder / "params").exists()

@@ -35,7 +35,7 @@ def test_sigterm_saves_where_it_stands(uninterrupted, tmp_path):
     with stopped.start(folder, "--hold=10") as processes:
         stopped.hold(processes, folder)
         processes.processes[0].send_signal(signal.SIGTERM)
-        codes, _, (err,) = processes.ended(60)
+        codes, _, (err,) = processes.ended(200)
     assert codes == [0], err
     first, last = err.splitlines()
     assert first == "stopped: a stage, step 11 of 40; saved."
@@ -75,7 +75,7 @@ def test_killed_while_saving(tmp_path):
             announced = int(line)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        rest, _ = process.communicate(timeout=30)
+        rest, _ = process.communicate(timeout=200)
         announced = max([announced, *map(int, rest.split())])
         iterator = make_iterator()
         like = {"w": jnp.zeros(400_000), "n": jnp.int32(0)}
@@ -97,7 +97,7 @@ def test_a_whole_run_stopped_again_and_again(tmp_path, mini_run):
     ):
         with Processes(1, *train, cwd=tmp_path, devices=1) as processes:
             processes.signal_at(folder / stage / "metrics.jsonl", step, 0, signum)
-            codes, _, (err,) = processes.ended(60)
+            codes, _, (err,) = processes.ended(200)
         assert not (folder / "results.json").exists()
         assert codes == [-signum if signum == signal.SIGKILL else 0], err
         if signum == signal.SIGTERM:

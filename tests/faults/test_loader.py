@@ -51,7 +51,7 @@ def test_a_stage_stops_and_goes_on_from_its_checkpoint(uninterrupted, tmp_path):
         (worker,) = workers_of(processes.processes[0])
         os.kill(worker, signal.SIGKILL)
         stopped.release(processes, folder)
-        codes, _, (err,) = processes.ended(60)
+        codes, _, (err,) = processes.ended(200)
     assert codes == [1], err
     assert "\nRuntimeError: one of the workers that read rows was killed, as happens where" in err
     assert len(stopped.metrics(folder)) < stopped.STEPS and not (folder / "params").exists()

@@ -1,5 +1,6 @@
 """Steps whose gradient is no number: nothing is learnt from them, and ten in a row end the run."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from linear_stage import (
     FROZEN,
     ROWS,
+    TRAINING,
     a_batch,
     assert_same_trees,
     run_fit,
@@ -15,10 +17,11 @@ from linear_stage import (
     values,
 )
 
+from mtllm_jax import distributed
 from mtllm_jax.config import Training
 from mtllm_jax.data.pipeline import batches
 from mtllm_jax.metrics import read_metrics
-from mtllm_jax.train import make_optimizer
+from mtllm_jax.train import learning_rate, make_optimizer
 
 
 def spoilt(kind):
@@ -94,3 +97,21 @@ def test_skipped_steps_are_counted_over_all_starts(tmp_path):
     assert "warning: 3 of 8 steps were skipped, as their gradients were not finite" in said
     frame = read_metrics(tmp_path / "metrics.jsonl")
     assert list(frame["step"][frame["skipped"] == 1]) == [2, 4, 7]
+    # What is logged is the rate that the optimizer takes, for which a skipped step is none.
+    updates = frame.index - frame["skipped"].shift(fill_value=0).cumsum()
+    schedule = learning_rate(dataclasses.replace(TRAINING, **settings))
+    np.testing.assert_allclose(frame["lr"], schedule(updates.to_numpy()), rtol=1e-6)
+    assert len(set(frame["lr"])) == 6  # of five updates and one that was to be
+
+
+def test_processes_with_other_rows_do_not_begin(tmp_path, monkeypatch):
+    """As where one machine's copy of the data is an older one."""
+
+    def of_another_process_0(function):
+        said = function()
+        return said | {"data": "other"} if isinstance(said, dict) else said
+
+    monkeypatch.setattr(distributed, "by_first", of_another_process_0)
+    with pytest.raises(ValueError, match="the rows of a stage are not those of process 0; texts, "):
+        run_fit(tmp_path, steps=2)
+    assert not (tmp_path / "metrics.jsonl").exists()
