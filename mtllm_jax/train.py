@@ -260,6 +260,7 @@ def fit(
                     goodput.to("save")
                     checkpointer.save(step, state, iterator, frozen_hash=frozen_hash)
                     goodput.write()
+                    log.add_to_next(goodput=goodput.share, **log.percentiles("seconds_"))
                 if asked and not last:
                     distributed.after_first(checkpointer.wait)
                     goodput.write()
@@ -321,6 +322,7 @@ class _Log:
         self._pending: tuple[int, Terms, float] | None = None  # and when its dispatch began
         self._ended: float | None = None  # when the step before did; None: there was none
         self._seconds: list[float] = []
+        self._beside: dict[str, float] = {}
         self._skipped_in_a_row = 0
         self._examples: Array | None = None  # of the pending step
 
@@ -340,9 +342,13 @@ class _Log:
         loss: Any = self._pending[1]["loss"][0]
         return not loss.is_ready()
 
-    def percentiles(self) -> dict[str, float]:
-        """Of the seconds that a step took."""
-        return percentiles(self._seconds)
+    def percentiles(self, prefix: str = "") -> dict[str, float]:
+        """Of the seconds that a step of this start took."""
+        return {f"{prefix}{name}": value for name, value in percentiles(self._seconds).items()}
+
+    def add_to_next(self, **values: float) -> None:
+        """Have these stand among the metrics of the next step that is written down."""
+        self._beside = values
 
     def add(self, step: int, terms: Terms, began: float, examples_BN: Array | None) -> None:
         """Take in the metrics of a step just dispatched; write down those of the one before.
@@ -372,7 +378,8 @@ class _Log:
         }
         values["lr"] = float(self._rates[self._updates])
         self._updates += not values["skipped"]
-        values |= self._speed(sums, began)
+        values |= self._speed(sums, began) | self._beside
+        self._beside = {}
         if self._writer is not None:
             self._writer.write(step, values)
         for sink in self._sinks:

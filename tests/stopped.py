@@ -53,7 +53,10 @@ def finish(folder, *arguments, count=1):
     return out[0]
 
 
-TIMED = ("time", "seconds", "source_tokens_per_second", "target_tokens_per_second")
+TIMED = (
+    *("time", "seconds", "source_tokens_per_second", "target_tokens_per_second"),
+    *("goodput", "seconds_p50", "seconds_p90", "seconds_p99"),
+)
 
 
 def metrics(folder):

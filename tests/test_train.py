@@ -283,3 +283,14 @@ def test_what_cannot_be_kept_is_refused(field, value, allowed):
         ValueError, match=rf"config.teacher.{field} is {value}; it must be {allowed}"
     ):
         config.check("teacher", ())
+
+
+def test_after_a_checkpoint_the_metrics_say_what_time_goes_into(tmp_path):
+    run_fit(tmp_path, steps=6, checkpoint_every=2)
+    frame = read_metrics(tmp_path / "metrics.jsonl")
+    for name in ("goodput", "seconds_p50", "seconds_p90", "seconds_p99"):
+        # Step 1 compiles and has no time, so that step 2 was the first whose time is known.
+        assert list(frame["step"][frame[name].notna()]) == [3, 5], name
+    assert frame["goodput"].dropna().between(0, 1).all()
+    middle = frame["seconds"][frame["step"] <= 4].median()
+    np.testing.assert_allclose(frame["seconds_p50"][frame["step"] == 5], middle, atol=1e-5)
