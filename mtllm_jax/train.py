@@ -271,7 +271,7 @@ def fit(
     goodput.write()
     stage.notes |= {"goodput": round(goodput.share, 4), "step_seconds": log.percentiles()}
     if distributed.is_first():
-        stage.notes["skipped"] = skipped = skipped_steps(stage)
+        stage.notes["skipped"] = skipped = skipped_steps(stage, step)
         if skipped:
             console.warn(
                 f"{skipped} of {config.steps} steps were skipped, as their gradients were not"
@@ -280,9 +280,12 @@ def fit(
     return state.trainable
 
 
-def skipped_steps(stage: StageFolder) -> int:
-    """How many of the stage's steps so far were skipped, those of earlier starts too."""
-    return int(np.sum(read_metrics(stage.metrics).get("skipped", 0)))
+def skipped_steps(stage: StageFolder, last: int) -> int:
+    """How many of the stage's steps up to `last` were skipped, in all starts."""
+    if not stage.metrics.exists():
+        return 0
+    frame = read_metrics(stage.metrics)
+    return int(np.sum(frame.get("skipped", 0) * (frame["step"] <= last)))
 
 
 def _sizes(state: TrainState, frozen: Any) -> dict[str, int]:
@@ -316,7 +319,7 @@ class _Log:
         self._sinks = sinks
         self._rates = np.asarray(learning_rate(config)(jnp.arange(config.steps)))
         # A skipped step is none for the schedule.
-        self._updates = step - skipped_steps(stage) if distributed.is_first() else step
+        self._updates = step - skipped_steps(stage, step) if distributed.is_first() else step
         self._utilisation = _utilisation(flops)
         self._progress = console.progress(config.steps, title, done=step)
         self._pending: tuple[int, Terms, float] | None = None  # and when its dispatch began

@@ -90,7 +90,7 @@ def test_a_run_whose_text_task_or_model_was_changed(mini_run, tmp_path):
             "the task's training rows are",
         ),
         (tmp_path / "b.jsonl", put("Kenya", "Chile"), "the task's test rows are not those"),
-        (weights, alter, "was trained on frozen weights "),
+        (weights, alter, "the weights of llm are not those that"),
     ):
         kept = changed.read_bytes()
         change(changed)
