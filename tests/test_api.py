@@ -126,6 +126,7 @@ def test_models_that_are_gone_and_weights_that_are_damaged(tmp_path, mini_run):
         mtllm_jax.load(run)
 
 
+@pytest.mark.slow
 def test_a_run_whose_encoder_is_another_now_is_refused(mini_run, tmp_path):
     """Finished stages no longer look at it, and their weights are of use with the old one alone."""
     run = Path(shutil.copytree(mini_run, tmp_path / "run"))

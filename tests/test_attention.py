@@ -295,6 +295,7 @@ def test_padded_is_unpadded_is_packed(backend, causal):
 # ---------------------------------------------------------------- many scores, many devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
 @pytest.mark.parametrize("most", [1, 200, 600])
 def test_some_queries_at_a_time(causal, window, most, monkeypatch):
@@ -323,6 +324,7 @@ def test_some_queries_at_a_time(causal, window, most, monkeypatch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs the eight simulated devices")
 @pytest.mark.parametrize("most", [2**28, 32])
 @pytest.mark.parametrize("config", [Mesh(2, 1, 2, 2), Mesh(1, 1, 2, 4), Mesh(1, 4, 1, 2)], ids=str)

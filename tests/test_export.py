@@ -60,12 +60,13 @@ def classifier(folder: Path):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
         ("mini_run", []),
-        pytest.param("own_run", [], marks=pytest.mark.slow),
-        pytest.param("own_run", ["--adapters=kept"], marks=pytest.mark.slow),
+        ("own_run", []),
+        ("own_run", ["--adapters=kept"]),
     ],
     ids=["all trained", "merged", "kept"],
 )

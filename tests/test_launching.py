@@ -240,6 +240,7 @@ def live(cloud: dict[str, str], *lives: list[str]) -> None:
     (Path(cloud["FAKE_GCLOUD"]) / "lives.json").write_text(json.dumps(lives))
 
 
+@pytest.mark.slow
 def test_tpu_watch_goes_on_after_a_preemption_a_stop_and_a_crash_until_the_run_is_done(
     checkout, cloud
 ):
@@ -309,6 +310,7 @@ def test_tpu_watch_takes_up_its_own_run_and_leaves_another_alone(checkout, cloud
     assert done_in(cloud) == ["create", "scp", "setup", "start", "stop", "start", "delete"]
 
 
+@pytest.mark.slow
 def test_a_tpu_worker_stops_by_sigterm_and_kills_what_does_not_hear_it(checkout, tmp_path):
     home = tmp_path / "0"
     (home / "mtllm_venv/bin").mkdir(parents=True)

@@ -172,6 +172,7 @@ def test_qwix_is_asked_for_by_name(monkeypatch):
 # ---------------------------------------------------------------- trained over
 
 
+@pytest.mark.slow
 def test_only_adapters_and_bridge_learn_over_int8():
     """Two steps of stage 1: what is frozen stays bitwise, what learns is what it would be."""
     stage, floats = tiny.stage("adaptation-int8"), tiny.stage("adaptation-lora")

@@ -217,6 +217,7 @@ def one_text_a_row(tokens, pad_id):
     return arrays["text_ids"], arrays["text_segments"]
 
 
+@pytest.mark.slow
 def test_mini_nllb(mini_run, test_rows, torch):
     """Tokens, encoder states, decoder logits and greedy translations, in every language."""
     import transformers

@@ -48,6 +48,7 @@ def run(folder):
     return {name: frame[name].tolist() for name in METRICS}
 
 
+@pytest.mark.slow
 def test_golden_run(tmp_path):
     """Twice the same, bit for bit; and what it was when last written down, on any machine."""
     once, twice = run(tmp_path / "once"), run(tmp_path / "twice")

@@ -169,6 +169,7 @@ def test_bfloat16_deviates_no_more_than_torchs_own(family, reference, model):
     assert np.abs(ours - exact).mean() <= 1.2 * np.abs(half - exact).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["roberta"], indirect=True)
 def test_scanned_unrolled_and_rematerialised_layers_agree(folder, model):
     unrolled = our_states(load_bert(folder, unroll_layers=True))

@@ -553,6 +553,7 @@ def test_packed_equals_unpacked(causal):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), one, other)
 
 
+@pytest.mark.slow
 def test_unrolled_and_remat_compute_the_same():
     ids = np.random.default_rng(5).integers(0, 20, (3, 12)).astype(np.int32)
     arguments = (ids, np.ones((3, 12), np.int32), np.ones((3, 12), np.float32))
@@ -584,6 +585,7 @@ def test_config_is_checked(changes, message):
         dataclasses.replace(TINY, **changes)
 
 
+@pytest.mark.slow
 def test_fresh_logits_are_of_size_one():
     """From scratch the first loss is near ln V, at any width and depth."""
     for width, layers in ((32, 6), (128, 2)):

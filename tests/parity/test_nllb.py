@@ -278,6 +278,7 @@ def two_texts():
     return weight, ids, segments, target_ids, target_segments
 
 
+@pytest.mark.slow
 def test_packed_texts_equal_texts_alone(model):
     """Logits, and the gradients of all parameters."""
     weight, ids, segments, target_ids, target_segments = two_texts()
@@ -397,6 +398,7 @@ class Digits:
         return {"aaa_Latn": 8, "bbb_Latn": 9}[code]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "num_beams"), [(4, 1), (64, 1), (4, 3)])
 def test_translate_keeps_the_order_whatever_the_batches(model, batch_size, num_beams):
     rng, tokenizer = np.random.default_rng(7), Digits()

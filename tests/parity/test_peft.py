@@ -460,6 +460,7 @@ def test_a_model_without_output_layer_takes_it_too(bases, tmp_path):
     assert_close(run(*nnx.split(tuned))[0][:1], h_BTD, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_layers_trained_as_an_adapter_of_full_rank(bases, family, tmp_path):
     base = load_llama(bases(family))
