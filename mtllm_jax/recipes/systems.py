@@ -215,14 +215,14 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
             "llm_zero_shot": System(by_llm, by_llm, read_by_llm),
             "mt_encoder": System(by_encoder, by_encoder),
         }
-        if by_linear is not None:
-            systems["encoder_linear"] = System(by_linear, by_linear)
         if given:
             # What its translations cost is not known here.
             systems["translate_test"] = System(by_given, None, is_translated)
         elif translation is not None and remembering is not None:
             cold = by_translating(translation)
             systems["translate_test"] = System(by_translating(remembering), cold)
+        if by_linear is not None:
+            systems["encoder_linear"] = System(by_linear, by_linear)
         return systems
 
     return of_seed
