@@ -215,6 +215,18 @@ def differing_fields(old: Any, new: Any) -> list[str]:
     ]
 
 
+def changed_since(path: epath.Path, digests: Mapping[str, str], *, write: bool) -> list[str]:
+    """The names of the digests that are others than those in the file of an earlier start.
+
+    write: where there is no file, write it; without, its absence is a ValueError.
+    """
+    if write and not path.exists():
+        write_json(path, digests)
+        return []
+    before = read_json(path)
+    return [name for name in digests if digests[name] != before[name]]
+
+
 def read_json(path: epath.Path) -> Any:
     """Read one JSON file; ValueError names the file, and the line if it is not JSON."""
     try:

@@ -16,7 +16,6 @@ import numpy as np
 
 from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM, TextSizes
-from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.prepared import Prepared
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
@@ -167,9 +166,7 @@ def _show_task(
 
 def _tokens(parts: stacking.Parts, rows: Sequence[Row]) -> list[np.ndarray]:
     """As the encoder reads them, whole."""
-    readable = parts.source.languages
-    languages = [source_language(row["language"], readable) for row in rows]
-    return stacking.source_tokens(parts.source, rows, languages, _NO_LIMIT)[0]
+    return stacking.source_tokens(parts.source, rows, _NO_LIMIT)[0]
 
 
 def _show_row(kind: str, row: Row, ids: np.ndarray, console: Console) -> None:

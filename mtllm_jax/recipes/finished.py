@@ -50,7 +50,7 @@ class FinishedRun:
         encoder, llm = self.config.encoder, self.config.llm
         parts = stacking.load_parts(self.config, encoder, llm, mesh, console)
         if self.config.frozen_dtype == self.given.frozen_dtype:  # else other bits stand for them
-            stacking.check_weights(self.path, parts)
+            stacking.check_weights(self.path, stacking.weights_of(parts))
         return parts
 
     def load_trained(

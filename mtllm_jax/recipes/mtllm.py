@@ -25,7 +25,7 @@ from mtllm_jax.recipes.job import Job
 from mtllm_jax.recipes.systems import build_systems, train
 from mtllm_jax.report import write_report
 from mtllm_jax.results import results_table
-from mtllm_jax.runfolder import RunFolder
+from mtllm_jax.runfolder import RunFolder, changed_since
 from mtllm_jax.schema import to_dict
 from mtllm_jax.tasks.task import Task
 from mtllm_jax.watch import Watch
@@ -96,11 +96,7 @@ def _check_rows(folder: RunFolder, task: Task) -> None:
     digests = {
         kind: hashlib.sha256(json.dumps(given).encode()).hexdigest() for kind, given in rows.items()
     }
-    if not (folder.path / ROWS).exists():
-        folder.write_json(ROWS, digests)
-        return
-    before = folder.read_json(ROWS)
-    if changed := [kind for kind in digests if digests[kind] != before[kind]]:
+    if changed := changed_since(folder.path / ROWS, digests, write=True):
         raise ValueError(
             f"the task's {' and '.join(changed)} rows are not those that {folder.path} began with;"
             " put them back, or choose another workdir."

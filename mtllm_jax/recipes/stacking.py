@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from mtllm_jax import distributed
 from mtllm_jax.checkpoint import load_params, tree_hash
 from mtllm_jax.config import MTLLM, Training
+from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import Batch, add_by_example
 from mtllm_jax.data.prepare import make_rows, maker_of
@@ -51,7 +52,7 @@ from mtllm_jax.models.stack import (
 )
 from mtllm_jax.objectives import Terms, classification, pooled_mse
 from mtllm_jax.recipes.job import Job
-from mtllm_jax.runfolder import new_file, read_json, write_json
+from mtllm_jax.runfolder import changed_since, new_file
 from mtllm_jax.tasks.task import Row, Task, texts_of
 from mtllm_jax.train import Objective, fit
 
@@ -103,23 +104,20 @@ def load_parts(
     )
 
 
-def check_weights(run: epath.Path, parts: Parts, *, write: bool = False) -> None:
-    """Raise ValueError unless the models are those that a run has begun with, bit for bit.
+def weights_of(parts: Parts) -> dict[str, str]:
+    """What tells the models from others, bit for bit."""
+    models = {"encoder": parts.encoder, "llm": parts.llm}
+    return {name: tree_hash(nnx.state(model)) for name, model in models.items()}
+
+
+def check_weights(run: epath.Path, weights: dict[str, str], *, write: bool = False) -> None:
+    """Raise ValueError unless the models are those that a run has begun with.
 
     What was trained is of use with these alone, and a stage that is done no longer looks at them.
-    write: where the run has just begun, write down what they are.
+    weights: of `weights_of`. write: where the run has just begun, write them down.
     """
-    path = run / WEIGHTS
-    models = {"encoder": parts.encoder, "llm": parts.llm}
-    hashes = {name: tree_hash(nnx.state(model)) for name, model in models.items()}
-
-    def before() -> dict[str, str]:
-        if write and not path.exists():
-            write_json(path, hashes)
-        return read_json(path)
-
-    known = distributed.by_first(before)
-    if changed := [name for name in hashes if hashes[name] != known[name]]:
+    changed = distributed.by_first(lambda: changed_since(run / WEIGHTS, weights, write=write))
+    if changed:
         raise ValueError(
             f"the weights of {' and '.join(changed)} are not those that {run} was trained with; put"
             " them back, or begin in another workdir."
@@ -370,9 +368,9 @@ class _TaskRows:
         return add_by_example({**tables, **marks})
 
 
-def _source_rows(config: MTLLM, parts: Parts, task: Task, training: Training) -> _TaskRows:
+def _source_rows(parts: Parts, task: Task, training: Training) -> _TaskRows:
     def encode(rows: Sequence[Row], length: int) -> Marked:
-        return source_tokens(parts.source, rows, [config.english] * len(rows), length)
+        return source_tokens(parts.source, rows, length)
 
     length, pad_id = training.source_length, parts.source.pad_id
     return _task_rows("source", encode, task, length, pad_id, training)
@@ -386,10 +384,12 @@ def _target_rows(parts: Parts, task: Task, training: Training) -> _TaskRows:
     return _task_rows("target", encode, task, length, pad_id, training)
 
 
-def source_tokens(
-    tokenizer: SourceTokenizer, rows: Sequence[Row], languages: Sequence[str], length: int
-) -> Marked:
-    """A task's rows as the encoder reads them, and marks: of choices, else 1 at every token."""
+def source_tokens(tokenizer: SourceTokenizer, rows: Sequence[Row], length: int) -> Marked:
+    """A task's rows as the encoder reads them, in their languages or the stand-ins for these, and
+    marks: of choices, else 1 at every token."""
+    codes = [row["language"] for row in rows]
+    told = {code: source_language(code, tokenizer.languages) for code in set(codes)}
+    languages = [told[code] for code in codes]
     if "choices" in rows[0]:
         return tokenizer.encode_choices(rows, languages, max_length=length)
     texts, pairs = texts_of(rows)
@@ -485,7 +485,7 @@ def task_distillation(
             add_difference(stack.llm, teacher.llm, parts.llm)
         graph, trainable, frozen = split(stack, is_trained(config))
         vectors = _teacher_vectors(job, stage, parts, task, teacher)
-        read = functools.cache(lambda: _source_rows(config, parts, task, training))
+        read = functools.cache(lambda: _source_rows(parts, task, training))
         trained = fit(
             stage,
             "stage 2b",
@@ -673,7 +673,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderCla
         model = EncoderClassifier(encoder, head)
         learns = nnx.Any(nnx.PathContains("head"), LoRAParam)
         graph, trainable, frozen = split(model, learns)
-        read = functools.cache(lambda: _source_rows(config, parts, task, training))
+        read = functools.cache(lambda: _source_rows(parts, task, training))
         trained = fit(
             stage,
             "MT encoder",

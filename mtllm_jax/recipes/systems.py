@@ -85,9 +85,10 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         job.console.print(note)
     describe_model(job.run, task, encoder_folder, llm_folder, config.llm_adapters)
     parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh, job.console)
-    stacking.check_weights(job.run.path, parts, write=True)
+    weights = stacking.weights_of(parts)
+    stacking.check_weights(job.run.path, weights, write=True)
     if english is None:
-        stacking.check_weights(epath.Path(config.stage1), parts)
+        stacking.check_weights(epath.Path(config.stage1), weights)
         adapted = stacking.load_adapted(config, parts)
     else:
         adapted = stacking.general_adaptation(job, parts, english)
@@ -244,7 +245,7 @@ def linear_baseline(job: Job[MTLLM], parts: stacking.Parts, task: Task) -> Predi
     )
 
     def vectors(rows: Sequence[Row]) -> np.ndarray:
-        return run(*_source_tokens(parts, rows, limits.max_length))
+        return run(*stacking.source_tokens(parts.source, rows, limits.max_length))
 
     @functools.cache
     def fitted() -> Pipeline:
@@ -263,12 +264,6 @@ def linear_baseline(job: Job[MTLLM], parts: stacking.Parts, task: Task) -> Predi
         return make_pipeline(StandardScaler(), model).fit(vectors(train), labels)
 
     return lambda rows: [str(label) for label in fitted().predict(vectors(rows))]
-
-
-def _source_tokens(parts: stacking.Parts, rows: Sequence[Row], length: int) -> Marked:
-    readable = parts.source.languages
-    languages = [source_language(row["language"], readable) for row in rows]
-    return stacking.source_tokens(parts.source, rows, languages, length)
 
 
 def in_english(rows: Sequence[Row], english: str, translate: Translate) -> list[Row]:
@@ -311,7 +306,7 @@ def _readers(
         )
 
     def source(rows: Sequence[Row]) -> Marked:
-        return _source_tokens(parts, rows, limits.max_length)
+        return stacking.source_tokens(parts.source, rows, limits.max_length)
 
     def target(rows: Sequence[Row]) -> Marked:
         return stacking.target_tokens(parts.target, rows, limits.max_length)
