@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from configs.mtllm import llama3_8b, llama3_8b_24gb, mini
+from configs.mtllm import RECIPES, llama3_8b, llama3_8b_24gb, mini
 from mtllm_jax import chips, sharding
 from mtllm_jax import config as c
 from mtllm_jax.plan import abstract, compiled, search, sizes
@@ -74,13 +74,26 @@ def test_machines_that_are_none_are_refused(make, given, message):
 
 @pytest.mark.parametrize(
     ("name", "millions"),  # as published, of the LLM all of them
-    [("llama3-8b", 8030.26), ("llama3-70b", 70553.71)],
+    [
+        ("llama3-8b", 8030.26),
+        ("llama3-70b", 70553.71),
+        ("llama2-7b", 6738.42),
+        ("mistral-7b", 7241.73),
+        ("qwen3-8b", 8190.74),
+        ("smollm2-135m", 134.52),
+    ],
 )
 def test_published_llms_have_their_number_of_weights(name, millions):
     config = dataclasses.replace(mini(), mini_llama=None)
     llm = sizes.llm_sizes(config, name)
     shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: abstract.Llama(llm, nnx.Rngs(0)))))
     assert sum(x.size for x in shapes) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("mini", "e5-smollm2")])
+def test_a_recipe_is_planned_with_the_llm_it_is_named_for(recipe):
+    found = sizes.llm_sizes(RECIPES[recipe](), "")
+    assert found == next(sizes.LLMS[n] for n in sizes.LLMS if n.split("-")[0] in recipe)
 
 
 def test_sizes_come_from_folders_and_from_the_recipe(tmp_path):

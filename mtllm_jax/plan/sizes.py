@@ -51,10 +51,61 @@ ENCODERS = {
     "nllb-1.3b": _nllb(1024, 24, 8192),
     "nllb-3.3b": _nllb(2048, 24, 8192),
 }
-# From config.json of meta-llama/Meta-Llama-3-8B and Meta-Llama-3-70B.
+# From config.json of meta-llama/Meta-Llama-3-8B and -70B, meta-llama/Llama-2-7b-chat-hf,
+# mistralai/Mistral-7B-Instruct-v0.2, Qwen/Qwen3-8B and HuggingFaceTB/SmolLM2-135M-Instruct.
 LLMS = {
     "llama3-8b": _llama3(4096, 32, 32, 14_336),
     "llama3-70b": _llama3(8192, 80, 64, 28_672),
+    "llama2-7b": LlamaConfig(
+        vocab_size=32_000,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_width=128,
+        ffn_width=11_008,
+        max_positions=4096,
+    ),
+    "mistral-7b": LlamaConfig(
+        vocab_size=32_000,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_width=128,
+        ffn_width=14_336,
+        rope_theta=1_000_000.0,
+        family="mistral",
+        max_positions=32_768,
+    ),
+    "qwen3-8b": LlamaConfig(
+        vocab_size=151_936,
+        width=4096,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        head_width=128,
+        ffn_width=12_288,
+        rms_eps=1e-6,
+        rope_theta=1_000_000.0,
+        qk_norm=True,
+        family="qwen3",
+        max_positions=40_960,
+        bos_id=151_643,
+        eos_ids=(151_645,),
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49_152,
+        width=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_width=64,
+        ffn_width=1536,
+        rope_theta=100_000.0,
+        tie_embeddings=True,
+        max_positions=8192,
+    ),
 }
 
 
@@ -87,7 +138,10 @@ def _encoder_of(folder: str | os.PathLike[str]) -> NLLBConfig | BertConfig:
 
 
 def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
-    """Of the LLM that the config names a folder of, of the mini Llama, or of a published one."""
+    """Of the LLM that the config names a folder of, of the mini Llama, or of a published one.
+
+    name: "" = the one that the recipe's name begins with, or is the beginning of.
+    """
     if config.llm:
         return llama.config_from_hf(read_config(config.llm, LLAMA_FAMILIES))
     if config.mini_llama is not None:
@@ -101,6 +155,10 @@ def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
             head_width=mini.width // mini.num_heads,
             ffn_width=mini.ffn_width,
         )
+    if not name:
+        recipe = config.name
+        likely = (llm for llm in LLMS if recipe.startswith(llm) or llm.startswith(recipe))
+        name = next(likely, "")
     if name not in LLMS:
         raise ValueError(f"--llm is {name!r}; it must be one of {', '.join(LLMS)}.")
     return LLMS[name]
