@@ -1,9 +1,9 @@
 """What chips can do, by their makers' data sheets, and which of them a machine holds.
 
 GB are 10⁹ bytes; FLOP/s are those of dense bfloat16 products. Read in November 2026:
-v5e, v6e, v5p: docs.cloud.google.com/tpu/docs/v5e, v6e, v5p. H100, H200: NVIDIA's data sheets of the
-SXM modules. L40S: NVIDIA's data sheet. RTX 4090: NVIDIA's white paper of the Ada architecture.
-The last two are joined by PCIe 4.0 with 16 lanes.
+v5e, v6e, v5p: docs.cloud.google.com/tpu/docs/v5e, v6e, v5p. A100 (80 GB), H100, H200: NVIDIA's
+data sheets of the SXM modules. L40S: NVIDIA's data sheet. RTX 4090: NVIDIA's white paper of the Ada
+architecture. The last two are joined by PCIe 4.0 with 16 lanes.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ CHIPS = {
     "v5e": Chip("TPU v5e", "tpu", 197, 15.75 * _GIB, 819, 4, 50),
     "v6e": Chip("TPU v6e", "tpu", 918, 31.25 * _GIB, 1600, 4, 100),
     "v5p": Chip("TPU v5p", "tpu", 459, 95.74 * _GIB, 2765, 6, 100),
+    "a100": Chip("A100", "gpu", 312, 0.92 * 80, 2039, 1, 300),
     "h100": Chip("H100", "gpu", 989, 0.92 * 80, 3350, 1, 450),
     "h200": Chip("H200", "gpu", 989, 0.92 * 141, 4800, 1, 450),
     "l40s": Chip("L40S", "gpu", 362, 0.92 * 48, 864, 1, 32),
@@ -48,6 +49,7 @@ _KINDS = {
     "TPU v6e": "v6e",
     "TPU v5": "v5p",
     "TPU v5p": "v5p",
+    "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
     "NVIDIA L40S": "l40s",

@@ -19,7 +19,7 @@ from mtllm_jax import chips, sharding
 from mtllm_jax import config as c
 from mtllm_jax.plan import abstract, compiled, search, sizes
 from mtllm_jax.plan.estimate import estimate
-from mtllm_jax.plan.plan import make_plan, numbers
+from mtllm_jax.plan.plan import make_plan, numbers, task_stages
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +108,21 @@ def test_sizes_come_from_folders_and_from_the_recipe(tmp_path):
     for of, flag in ((sizes.encoder_sizes, "encoder"), (sizes.llm_sizes, "llm")):
         with pytest.raises(ValueError, match=rf"--{flag} is 'huge'; it must be one of"):
             of(llama3_8b(), "huge")
+
+
+def test_the_stages_of_the_task_cost_what_their_matrices_ask_for():
+    """Forward, back to the activations, and again where remat asks for it: 6 FLOPs a weight."""
+    found = task_stages(make_plan(step(), chips.topology("h100:8"), by_compiler=False))
+    weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+    training = llama3_8b().teacher
+    tokens = training.batch_rows * training.target_length
+    # LoRA and attention add some 5 %, the layers' last product is not computed again.
+    assert found["teacher"]["flops_per_step"] == pytest.approx(6 * weights * tokens, rel=0.1)
+    hours = found["teacher"]["flops_per_step"] * training.steps / 989e12 / 3600
+    assert found["teacher"]["chip_hours"] == pytest.approx(hours)
+    encoder = 2 * 12 * (4 * 1024**2 + 2 * 1024 * 4096) * 32 * 256
+    added = found["distillation"]["flops_per_step"] - found["teacher"]["flops_per_step"]
+    assert added == pytest.approx(encoder, rel=0.2)  # and the bridge's, and attention's
 
 
 # ---------------------------------------------------------------- memory

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtllm_jax.chips import Machine
+from mtllm_jax.config import Training
+from mtllm_jax.flops import Batch, adaptation_flops
 from mtllm_jax.plan import abstract, compiled, search
 from mtllm_jax.plan.compiled import Compiled, TooLarge
 from mtllm_jax.plan.estimate import Estimate, Memory, Seconds, estimate, seconds_of
@@ -108,6 +110,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "mfu_at_roofline": flops.model_total / (chip_seconds * machine.chip.tflops * 1e12),
         "tokens_per_second_per_chip": positions / chip_seconds,
         "chip_hours": training.steps * chip_seconds / 3600,
+        "task_stages": task_stages(plan),
         "largest_batch": plan.largest_batch,
         "suggestions": [
             {"flags": c.flags, "hbm_gb_per_chip": round(c.peak / 1e9, 3), "fits": c.fits}
@@ -119,6 +122,36 @@ def numbers(plan: Plan) -> dict[str, Any]:
     if isinstance(plan.found, TooLarge):
         result["compiler_said"] = plan.found.said
     return result
+
+
+def task_stages(plan: Plan) -> dict[str, dict[str, float]]:
+    """What the stages of the task cost at least: steps, FLOPs of one, chip-hours of all.
+
+    By arithmetic, as if computing were all that takes time.
+    """
+    step, machine = plan.step, plan.machine
+    config = step.config
+    trainable, frozen = step.state.trainable, step.frozen["stack"]
+
+    def hardware(training: Training, length: int) -> Mapping[str, float]:
+        batch = Batch(training.batch_rows, source_length=length)
+        return adaptation_flops(trainable, frozen, step.encoder, step.llm, batch).hardware
+
+    teacher, student = config.teacher, config.distillation.training
+    # The teacher is what the student's LLM is, and reads tokens of its own.
+    parts = hardware(teacher, teacher.target_length)
+    by_stage = {
+        "teacher": (teacher, sum(n for name, n in parts.items() if name.startswith("student"))),
+        "distillation": (student, sum(hardware(student, student.source_length).values())),
+    }
+    return {
+        name: {
+            "steps": training.steps,
+            "flops_per_step": flops,
+            "chip_hours": training.steps * flops / (machine.chip.tflops * 1e12) / 3600,
+        }
+        for name, (training, flops) in by_stage.items()
+    }
 
 
 def _rounded(sizes: Mapping[str, float]) -> dict[str, float]:

@@ -156,6 +156,16 @@ def show(plan: Plan, console: Console) -> None:
         f"{100 * values['mfu_at_roofline']:.0f} % MFU; {number(values['chip_hours'])} chip-hours "
         f"for {training.steps} steps, which take {duration(training.steps * seconds.roofline)}."
     )
+    stages = values["task_stages"]
+    console.print(
+        "Then, by FLOPs alone: "
+        + " and ".join(
+            f"{number(stages[name]['chip_hours'])} chip-hours for the {stages[name]['steps']} steps"
+            f" of {title}"
+            for name, title in (("teacher", "stage 2a"), ("distillation", "2b"))
+        )
+        + "."
+    )
     if plan.largest_batch:
         console.print(f"The largest batch that fits has {plan.largest_batch} rows.")
     if isinstance(found, Compiled):
