@@ -5,6 +5,7 @@
         --config.encoder=NLLB --config.llm=LLAMA --config.llm_adapters=MNTP,SIMCSE \\
         --config.adaptation_text=TEXT --config.task.train=TRAIN --config.task.test=TEST
     python launch/train.py --config=configs/mtllm.py:llama3-8b-24gb …  the same on one GPU of 24 GB
+    …:mini-all                           the tiny default in all languages of CLDR
     …:llama2-7b, mistral-7b, qwen3-8b    other LLMs; smollm2, e5-smollm2    small real ones
 
 Where values come from: [code] the authors' public code, [ours] our own choice, as is what has no
@@ -16,6 +17,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from mtllm_jax import config as c
+from mtllm_jax.languages import ENGLISH
+from mtllm_jax.languages import LANGUAGES as LANGUAGE_TABLE
 from mtllm_jax.schema import to_dict
 
 # [ours] 24 languages in 12 scripts that CLDR covers well.
@@ -107,6 +110,23 @@ def mini() -> c.MTLLM:
         unroll_layers=True,
         remat="none",
         attention="auto",
+    )
+
+
+def mini_all() -> c.MTLLM:
+    """`mini` in all languages that CLDR has names in, some 140. All values [ours].
+
+    More of everything that has to hold more languages: pieces and steps of the MT model.
+    """
+    tiny = mini()
+    assert tiny.mini_nllb is not None
+    training = dataclasses.replace(tiny.mini_nllb.training, steps=6000)
+    return dataclasses.replace(
+        tiny,
+        name="mini-all",
+        languages=tuple(x for x, names in LANGUAGE_TABLE.items() if names.locale and x != ENGLISH),
+        text=c.TextSizes(test_pairs=100, lists_per_language=300),
+        mini_nllb=dataclasses.replace(tiny.mini_nllb, training=training, vocab_size=32_000),
     )
 
 
@@ -300,6 +320,7 @@ def e5_smollm2() -> c.MTLLM:
 
 RECIPES = {
     "mini": mini,
+    "mini-all": mini_all,
     "llama3-8b": llama3_8b,
     "llama3-8b-24gb": llama3_8b_24gb,
     "llama2-7b": llama2_7b,
