@@ -137,6 +137,8 @@ def _settings(config: MTLLM) -> dict[str, str]:
     how = "all its layers"
     if config.trained == "lora":
         how = f"LoRA, rank {config.lora.rank}, alpha {config.lora.alpha:g}"
+    if config.trained == "bridge":
+        how = "nothing but what the teacher learnt" if _adds_teacher(config) else "nothing"
     stages = {
         "stage 1, general adaptation": config.adaptation.training,
         "stage 2a, teacher": config.teacher,
@@ -144,11 +146,16 @@ def _settings(config: MTLLM) -> dict[str, str]:
     }
     if config.frozen_dtype == "int8":
         how += ", over weights in int8; these here are the weights that were quantised"
-    return {"trained in the LLM": how} | {
+    layers = f"the last {config.encoder_layers} layers" if config.encoder_layers else "nothing"
+    return {"trained in the encoder": layers, "trained in the LLM": how} | {
         name: f"{stage.steps} steps of {stage.batch_rows} rows, learning rate"
         f" {stage.learning_rate:g}"
         for name, stage in stages.items()
     }
+
+
+def _adds_teacher(config: MTLLM) -> bool:
+    return config.distillation.start == "stage1+teacher"
 
 
 def _evaluated(run: FinishedRun) -> list[str]:

@@ -69,7 +69,8 @@ class Training:
 
     def check(self, where: str, sides: tuple[str, ...]) -> None:
         """Raise ValueError for what cannot be; `sides` are those that the stage reads."""
-        require(self.steps >= 1, f"{where}.steps", self.steps, "at least 1")
+        least = 0 if where in SKIPPABLE else 1
+        require(self.steps >= least, f"{where}.steps", self.steps, f"at least {least}")
         require(self.batch_rows >= 1, f"{where}.batch_rows", self.batch_rows, "at least 1")
         require(self.learning_rate > 0, f"{where}.learning_rate", self.learning_rate, "above 0")
         require(0 <= self.warmup <= 1, f"{where}.warmup", self.warmup, "a fraction from 0 to 1")
@@ -184,16 +185,66 @@ class LoRA:
 
 
 @dataclass(frozen=True)
+class Bridge:
+    """What stands between encoder and LLM: a linear map [code], or more."""
+
+    hidden: int = 0  # width between two linear maps with GELU, as 1024; 0 = one linear map
+    stride: int = 1  # encoder positions in one of the LLM; above 1 a convolution shortens texts
+
+    def check(self) -> None:
+        require(self.hidden >= 0, "bridge.hidden", self.hidden, "0 (one linear map) or above")
+        require(self.stride >= 1, "bridge.stride", self.stride, "1 (as it is) or above")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of what is minimised, between the student's vector of a text and the teacher's; 0 =
+    is no part of it. `objectives.py` has the formulas."""
+
+    mse: float = 1.0  # mean squared error [code]
+    cosine: float = 0.0  # 1 − cosine
+    contrastive: float = 0.0  # InfoNCE, the texts of a (micro-)batch against each other
+    temperature: float = 0.05  # of the contrastive term
+
+    def weights(self) -> dict[str, float]:
+        """By the terms' names."""
+        others = ("temperature", "logits_temperature")
+        return {name: x for name, x in dataclasses.asdict(self).items() if name not in others}
+
+    def check(self, where: str) -> None:
+        weights = self.weights()
+        for name, weight in weights.items():
+            require(weight >= 0, f"{where}.{name}", weight, "0 (no part of the loss) or above")
+        require(any(weights.values()), where, weights, "of at least one weight above 0")
+        require(self.temperature > 0, f"{where}.temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True)
+class TaskObjective(Objective):
+    """The same where the task has a head."""
+
+    logits_kl: float = 0.0  # KL of what the teacher's head says of both vectors
+    logits_temperature: float = 1.0  # of that term
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        temperature = self.logits_temperature
+        require(temperature > 0, f"{where}.logits_temperature", temperature, "above 0")
+
+
+@dataclass(frozen=True)
 class Adaptation:
     """Stage 1: the stack learns the LLM's pooled state of English text."""
 
-    training: Training
+    training: Training  # 0 steps: the stage is left out, the stack begins the task as it was made
+    objective: Objective = Objective()
     noise_position: float = 0.0  # std of Gaussian noise on the encoder output, per position
     noise_text: float = 0.0  # the same, one draw per text
     subword_sampling: float = 0.0  # sentencepiece's alpha for the encoder side; 0 = none
     samplings: int = 1  # segmentations of each text
 
     def check(self) -> None:
+        self.objective.check("adaptation.objective")
         _require_noise("adaptation", self.noise_position, self.noise_text)
         alpha = self.subword_sampling
         require(0 <= alpha <= 1, "adaptation.subword_sampling", alpha, "from 0 to 1")
@@ -206,10 +257,12 @@ class Distillation:
 
     training: Training
     start: Literal["stage1", "stage1+teacher"]  # the latter adds what the teacher learnt in 2a
+    objective: TaskObjective = TaskObjective()
     noise_position: float = 0.0
     noise_text: float = 0.0
 
     def check(self) -> None:
+        self.objective.check("distillation.objective")
         _require_noise("distillation", self.noise_position, self.noise_text)
 
 
@@ -315,7 +368,9 @@ class MTLLM:
     mini_nllb: MiniNLLB | None
     mini_llama: MiniLlama | None
     bidirectional: bool  # the LLM's attention in stages 1 and 2; as LLM2Vec makes it
-    trained: Literal["lora", "all"]  # LLM weights that learn: adapters, or all (teacher: a copy)
+    # What of the LLM learns: adapters, all its layers (teacher: a copy), or "bridge", nothing: the
+    # bridge alone is trained in stages 1 and 2b, and the teacher of 2a has adapters.
+    trained: Literal["lora", "all", "bridge"]
     lora: LoRA
     adaptation: Adaptation
     teacher: Training
@@ -338,6 +393,8 @@ class MTLLM:
     # A run's folder: its models and its stage 1 are what the task begins with; "" = one of its own.
     stage1: str = ""
     legacy_source_order: bool = False  # NLLB's sources as transformers had them before April 2023
+    bridge: Bridge = Bridge()
+    encoder_layers: int = 0  # last ones of the encoder that learn in stages 1 and 2b; 0 = frozen
 
     def __post_init__(self) -> None:
         with naming("english"):
@@ -367,6 +424,7 @@ class MTLLM:
             self.task,
             self.mini_nllb,
             self.mini_llama,
+            self.bridge,
             self.adaptation,
             self.distillation,
             self.evaluation,
@@ -385,9 +443,14 @@ class MTLLM:
         )
         if self.frozen_dtype == "int8":  # what learns, or is added to, is no weight in int8
             why = "with frozen_dtype 'int8'"
-            require(self.trained == "lora", "trained", self.trained, f"'lora' {why}")
+            require(self.trained != "all", "trained", self.trained, f"'lora' or 'bridge' {why}")
+            require(not self.encoder_layers, "encoder_layers", self.encoder_layers, f"0 {why}")
             start = self.distillation.start
             require(start == "stage1", "distillation.start", start, f"'stage1' {why}")
+        layers, stride = self.encoder_layers, self.bridge.stride
+        require(layers >= 0, "encoder_layers", layers, "0 (all are frozen) or above")
+        context = self.mesh.context
+        require(stride == 1 or context == 1, "bridge.stride", stride, "1 where mesh.context is not")
         lora = self.lora
         require(lora.rank >= 1, "lora.rank", lora.rank, "at least 1")
         require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "from 0 to below 1")
@@ -417,6 +480,9 @@ class MTLLM:
             "mt_encoder": self.mt_encoder,
         }
 
+
+# The stages that may have no steps.
+SKIPPABLE = ("adaptation.training",)
 
 # What each stage reads: texts as the MT encoder tokenises them, and as the LLM does.
 SIDES = {

@@ -46,9 +46,12 @@ def export(
     if run.config.frozen_dtype == "int8":
         floats = dataclasses.replace(run.config, frozen_dtype="bfloat16")
         run = dataclasses.replace(run, config=floats)
-    if run.config.trained == "all" and adapters == "kept":
-        raise ValueError(f"--adapters is 'kept', but {run.path} trained all layers and has none.")
-    if run.config.trained == "lora" and rank is not None:
+    if run.config.trained != "lora" and adapters == "kept":
+        learnt = "all layers" if run.config.trained == "all" else "the bridge alone"
+        raise ValueError(f"--adapters is 'kept', but {run.path} trained {learnt} and has none.")
+    if format == "peft" and _as_it_was(run):
+        raise ValueError(f"--format is 'peft', but {run.path} left the student's LLM as it was.")
+    if run.config.trained != "all" and rank is not None:
         raise ValueError(
             f"--rank is {rank}, but {run.path} trained adapters, which are written as they are."
         )
@@ -73,6 +76,11 @@ def export(
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     console.print(f"{folder}: {size / 1e6:.1f} MB. Load it with")
     console.print(f"  {how}")
+
+
+def _as_it_was(run: FinishedRun) -> bool:
+    """Whether the student's LLM is the one that the run began with."""
+    return (run.config.trained, run.config.distillation.start) == ("bridge", "stage1")
 
 
 def _stack(
@@ -111,6 +119,8 @@ def _adapter(
     tuned, lost = student.stack.llm, 0.0
     if run.config.trained == "all":
         tuned, lost = difference_as_lora(parts.llm, tuned, rank)
+    elif run.config.trained == "bridge":
+        tuned = teacher.llm
     elif run.config.distillation.start == "stage1+teacher":
         tuned = lora.joined(parts.llm, teacher.llm, tuned)
     base = run.given.llm or run.config.llm

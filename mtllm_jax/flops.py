@@ -5,11 +5,14 @@ through, A = layers × heads × head width.
 
 A position times a matrix is 2N forward, 2N more for the gradient of what was read, and 2N for that
 of the matrix. So a teacher, and an encoder below which nothing is trained, cost 2N a position;
-frozen matrices that gradients pass through 4N; trained ones 6N; the bridge, below which nothing
+frozen matrices that gradients pass through 4N; trained ones 6N; the bridge, where nothing below it
 asks for a gradient, 4N. Attention has no weights: scores and the mean of the values are 4·A·S a
 position, and twice that backward, whatever is frozen. Causal attention counts as full, as is the
 custom (arXiv 2204.02311, appendix B). Embedding lookups are 0. Norms, softmax, pooling and
 other work by element are left out.
+
+A bridge that shortens texts gives the LLM S / stride positions; the parts of windows that end texts
+are left out, and so is what remat computes again of encoder layers that learn.
 
 Packed rows: the texts of a row are taken to be equally long. A token then reads S / texts others as
 far as the model goes; hardware computes paddings too, and attention to all S, which it masks.
@@ -66,32 +69,38 @@ def adaptation_flops(
     encoder: NLLBConfig | BertConfig,
     llm: LlamaConfig,
     batch: Batch,
+    stride: int = 1,
 ) -> Flops:
     """Of a step of stage 1: the stack is trained to say what the LLM says, the teacher.
 
-    trainable, frozen: the two states of the `Stack`, arrays or shapes.
+    trainable, frozen: the two states of the `Stack`, arrays or shapes. stride: of its bridge.
     """
     reader = _reader(trainable, frozen, "encoder", encoder, "ffn_out")
     student = _reader(trainable, frozen, "llm", llm, "down")
     adapters = _weights(trainable, "llm", ("lora_a", "lora_b"))
     teacher = dataclasses.replace(student, trained=student.trained - adapters)
     bridge = _weights(trainable, "bridge")
+    # Its first map asks for no gradient of what it reads, unless something below it learns.
+    first = _weights(trainable, "bridge", linear="inner") or bridge
+    read = 6.0 * bridge - (0.0 if reader.trained else 2.0 * first)
+    free = reader.trained / (reader.trained + reader.frozen)  # of the encoder's layers
 
     def parts(source: float, target: float, texts: float) -> dict[str, float]:
         """Of rows of so many positions, in each of which so many texts see only themselves."""
         sources, targets = batch.rows * source, batch.rows * target
+        inputs = sources / stride
         return {
-            "encoder": reader.forward(sources),
-            "bridge": 4.0 * bridge * sources,
-            "student": student.forward(sources) + student.backward(sources),
+            "encoder": reader.forward(sources) + 4.0 * reader.trained * sources,
+            "bridge": read * inputs,
+            "student": student.forward(inputs) + student.backward(inputs),
             "teacher": teacher.forward(targets),
-            "encoder's attention": reader.attend(sources, source / texts),
-            "student's attention": 3.0 * student.attend(sources, source / texts),
+            "encoder's attention": (1 + 2 * free) * reader.attend(sources, source / texts),
+            "student's attention": 3.0 * student.attend(inputs, source / stride / texts),
             "teacher's attention": teacher.attend(targets, target / texts),
         }
 
     S, T = batch.source_length, batch.target_length
-    again = {"student, again": student.again(batch.rows * S, S)}
+    again = {"student, again": student.again(batch.rows * S / stride, S / stride)}
     return Flops(
         model=parts(S * batch.source_fill, T * batch.target_fill, batch.texts),
         hardware=parts(S, T, 1.0) | again,

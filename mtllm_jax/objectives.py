@@ -1,7 +1,9 @@
 """What each stage minimises. Every loss is a (sum, count): they are divided once, at the very end.
 
-B rows, N texts packed in a row, D width, C classes.
+B rows, N texts packed in a row, M = B · N, D width, C classes.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +12,102 @@ from jax import Array
 Terms = dict[str, tuple[Array, Array]]  # name → (sum, count); "loss" is what is differentiated
 
 
-def pooled_mse(student_BND: Array, teacher_BND: Array, valid_BN: Array) -> Terms:
-    """Mean squared error of pooled states (MT-LLM stages 1 and 2b) and the part left unexplained.
+def likeness(
+    student_BND: Array,
+    teacher_BND: Array,
+    valid_BN: Array,
+    weights: Mapping[str, float],
+    temperature: float,
+    others: Mapping[str, tuple[Array, Array]] = {},
+) -> Terms:
+    """How far a student's vectors are from its teacher's (MT-LLM stages 1 and 2b).
 
-    loss: mean over D, summed over texts. fvu: fraction of variance unexplained, Σ|s − t|² over
-    Σ|t − mean t|², the mean being the batch's.
+    loss: the sum of the terms of a weight above 0, each times its weight; all count the texts, so
+    that what is divided in the end is the weighted mean. Those terms stand beside it by their names
+    where they are several. fvu: always. others: terms made elsewhere, by names in `weights`.
+    temperature: of the contrastive term.
     """
+    made = {
+        "mse": lambda: mse(student_BND, teacher_BND, valid_BN),
+        "cosine": lambda: cosine(student_BND, teacher_BND, valid_BN),
+        "contrastive": lambda: contrastive(student_BND, teacher_BND, valid_BN, temperature),
+    } | {name: lambda term=term: term for name, term in others.items()}
+    terms = {name: made[name]() for name, weight in weights.items() if weight}
+    total = sum((weights[name] * term for name, (term, _) in terms.items()), jnp.zeros(()))
+    count = jnp.sum(valid_BN.astype(jnp.float32))
+    result = {"loss": (total, count), "fvu": fvu(student_BND, teacher_BND, valid_BN)}
+    return result | (terms if len(terms) > 1 else {})
+
+
+def mse(student_BND: Array, teacher_BND: Array, valid_BN: Array) -> tuple[Array, Array]:
+    """Mean squared error over D, summed over texts."""
     valid_BN1 = valid_BN.astype(jnp.float32)[:, :, None]
-    count = jnp.sum(valid_BN1)
     error = jnp.sum(jnp.square(student_BND - teacher_BND) * valid_BN1)
-    mean_D = jnp.sum(teacher_BND * valid_BN1, axis=(0, 1)) / jnp.maximum(count, 1)
+    return error / student_BND.shape[-1], jnp.sum(valid_BN1)
+
+
+def fvu(student_BND: Array, teacher_BND: Array, valid_BN: Array) -> tuple[Array, Array]:
+    """Fraction of variance unexplained: (Σ|s − t|², Σ|t − mean t|²), the mean being the batch's."""
+    valid_BN1 = valid_BN.astype(jnp.float32)[:, :, None]
+    error = jnp.sum(jnp.square(student_BND - teacher_BND) * valid_BN1)
+    mean_D = jnp.sum(teacher_BND * valid_BN1, axis=(0, 1)) / jnp.maximum(jnp.sum(valid_BN1), 1)
     variance = jnp.sum(jnp.square(teacher_BND - mean_D[None, None]) * valid_BN1)
-    return {"loss": (error / student_BND.shape[-1], count), "fvu": (error, variance)}
+    return error, variance
+
+
+def cosine(student_BND: Array, teacher_BND: Array, valid_BN: Array) -> tuple[Array, Array]:
+    """1 − cos(s, t), summed over texts."""
+    valid_BN = valid_BN.astype(jnp.float32)
+    cosine_BN = jnp.sum(_unit(student_BND) * _unit(teacher_BND), axis=-1)
+    return jnp.sum((1 - cosine_BN) * valid_BN), jnp.sum(valid_BN)
+
+
+def contrastive(
+    student_BND: Array, teacher_BND: Array, valid_BN: Array, temperature: float
+) -> tuple[Array, Array]:
+    """InfoNCE (arXiv 1807.03748), student → teacher: −log softmax_j(cos(s_i, t_j) / τ)[i], summed
+    over texts i.
+
+    j runs over all texts of the batch, over all devices and whatever rows they are packed in. Under
+    accumulation it is a micro-batch's: with other negatives, the only term for which several
+    micro-batches are not the same as their whole.
+    """
+    student_MD, teacher_MD = (_unit(x).reshape(-1, x.shape[-1]) for x in (student_BND, teacher_BND))
+    valid_M = valid_BN.reshape(-1).astype(bool)
+    scores_MM = jnp.einsum("md,nd->mn", student_MD, teacher_MD) / temperature
+    scores_MM = jnp.where(valid_M[None], scores_MM, jnp.finfo(jnp.float32).min)
+    loss_M = -jnp.diagonal(jax.nn.log_softmax(scores_MM, axis=1))
+    return jnp.sum(jnp.where(valid_M, loss_M, 0.0)), jnp.sum(valid_M.astype(jnp.float32))
+
+
+def logits_kl(
+    student_BNC: Array,
+    teacher_BNC: Array,
+    valid_BN: Array,
+    temperature: float,
+    *,
+    across: bool = False,
+) -> tuple[Array, Array]:
+    """τ² · KL(softmax(t / τ) ‖ softmax(s / τ)) of a head's logits (arXiv 1503.02531), over texts.
+
+    across: N are the choices of a row, of one logit each, and the softmax is over them; each choice
+    then counts with the divergence of its row, as other terms count choices too.
+    """
+    student_BNC, teacher_BNC = (
+        jnp.swapaxes(x, 1, 2) if across else x for x in (student_BNC, teacher_BNC)
+    )
+    log_s_BNC = jax.nn.log_softmax(student_BNC.astype(jnp.float32) / temperature)
+    log_t_BNC = jax.nn.log_softmax(teacher_BNC.astype(jnp.float32) / temperature)
+    kl_BN = temperature**2 * jnp.sum(jnp.exp(log_t_BNC) * (log_t_BNC - log_s_BNC), axis=-1)
+    valid_BN = valid_BN.astype(jnp.float32)
+    kl_BN = jnp.broadcast_to(kl_BN, valid_BN.shape)
+    return jnp.sum(kl_BN * valid_BN), jnp.sum(valid_BN)
+
+
+def _unit(x_BND: Array) -> Array:
+    """Of length 1, but a vector of zeros, whose gradient is finite so."""
+    square_BN1 = jnp.sum(jnp.square(x_BND), axis=-1, keepdims=True)
+    return x_BND * jax.lax.rsqrt(jnp.maximum(square_BN1, 1e-12))
 
 
 def classification(logits_BNC: Array, labels_BN: Array, valid_BN: Array) -> Terms:

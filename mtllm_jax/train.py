@@ -167,7 +167,8 @@ def fit(
     a batch what it has beside. flops: of a step, given those rows; where it is there, and the
     device is one whose speed is known, model and hardware FLOPs utilisation are logged (padding
     counts in the latter alone).
-    Where the stage was trained before, its weights are read back. Raises Interrupted after saving
+    Where the stage was trained before, its weights are read back; of no steps, they are kept as
+    they are. Raises Interrupted after saving
     when the process, or any of several, is asked to stop, FloatingPointError after ten skipped
     steps in a row.
     """
@@ -177,6 +178,9 @@ def fit(
     params_folder = stage.path / "params"
     if distributed.by_first(lambda: has_params(params_folder)):
         return load_params(params_folder, trainable)
+    if not config.steps:
+        save_params(params_folder, trainable)
+        return trainable
     frozen = sharding.place(frozen, mesh)
     optimizer = make_optimizer(config)
     state = TrainState(

@@ -7,7 +7,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtllm_jax.objectives import classification, next_tokens, pooled_mse
+from mtllm_jax.config import Objective, TaskObjective
+from mtllm_jax.objectives import (
+    classification,
+    contrastive,
+    cosine,
+    likeness,
+    logits_kl,
+    next_tokens,
+)
 
 B, N, D, C = 3, 4, 5, 3
 VALID = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
@@ -15,6 +23,12 @@ VALID = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
 
 def states(seed):
     return np.random.default_rng(seed).normal(size=(B, N, D)).astype(np.float32)
+
+
+def pooled_mse(student, teacher, valid):
+    """The default of stages 1 and 2b."""
+    default = Objective()
+    return likeness(student, teacher, valid, default.weights(), default.temperature)
 
 
 def test_pooled_mse_and_the_variance_it_leaves():
@@ -25,6 +39,7 @@ def test_pooled_mse_and_the_variance_it_leaves():
     assert terms["loss"][1] == 6
     error, variance = terms["fvu"]
     np.testing.assert_allclose(error / variance, _fvu(s, t), rtol=1e-6)
+    assert set(terms) == {"loss", "fvu"}
 
 
 def _fvu(s, t):
@@ -47,6 +62,65 @@ def test_gradient_of_pooled_mse():
     np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=1e-7)
 
 
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def log_softmax(x):
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_cosine():
+    student, teacher = states(0), states(1)
+    wanted = 1 - (unit(student[VALID]) * unit(teacher[VALID])).sum(1)
+    np.testing.assert_allclose(cosine(student, teacher, VALID), (wanted.sum(), 6), rtol=1e-6)
+    grad = jax.grad(lambda s: cosine(s, teacher, VALID)[0])(np.zeros_like(student))
+    assert np.all(np.isfinite(grad))
+
+
+def test_contrastive_is_over_all_texts_of_the_batch_and_those_alone():
+    """Against a loop over the texts that there are, whatever lies where there are none."""
+    student, teacher = states(0), states(1)
+    s, t = unit(student[VALID]), unit(teacher[VALID])
+    wanted = -sum(log_softmax(s[i] @ t.T / 0.1)[i] for i in range(len(s)))
+    got = contrastive(student, teacher, VALID, 0.1)
+    np.testing.assert_allclose(got, (wanted, 6), rtol=1e-5)
+    odd = np.where(VALID[..., None], teacher, 100 * student)
+    np.testing.assert_array_equal(contrastive(student, odd, VALID, 0.1), got)
+    grad = jax.grad(lambda s: contrastive(s, teacher, VALID, 0.1)[0])(student)
+    assert np.any(grad[VALID]) and not np.any(np.asarray(grad)[~VALID])
+
+
+def test_kl_of_logits():
+    """Of the classes of a text, and over the choices of a row, each of which counts."""
+    student, teacher = states(0), states(1)
+    p, q = log_softmax(teacher[VALID] / 2), log_softmax(student[VALID] / 2)
+    wanted = 4 * (np.exp(p) * (p - q)).sum()
+    np.testing.assert_allclose(logits_kl(student, teacher, VALID, 2.0), (wanted, 6), rtol=1e-5)
+
+    student, teacher = student[..., :1], teacher[..., :1]  # N choices, of one logit
+    rows = np.broadcast_to(np.array([[True], [False], [True]]), (B, N))
+    p, q = log_softmax(teacher[[0, 2], :, 0]), log_softmax(student[[0, 2], :, 0])
+    total, count = logits_kl(student, teacher, rows, 1.0, across=True)
+    np.testing.assert_allclose(total / count, (np.exp(p) * (p - q)).sum(1).mean(), rtol=1e-5)
+    assert count == 2 * N
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms():
+    student, teacher = states(0), states(1)
+    wanted = TaskObjective(mse=0.5, cosine=2.0, contrastive=0.0, logits_kl=3.0)
+    kl = logits_kl(student, teacher, VALID, 1.0)
+    terms = likeness(student, teacher, VALID, wanted.weights(), 0.05, {"logits_kl": kl})
+    assert set(terms) == {"loss", "fvu", "mse", "cosine", "logits_kl"}
+    parts = {name: total for name, (total, _) in terms.items()}
+    total = 0.5 * parts["mse"] + 2 * parts["cosine"] + 3 * parts["logits_kl"]
+    np.testing.assert_allclose(parts["loss"], total, rtol=1e-6)
+    assert {float(terms[name][1]) for name in ("loss", "mse", "cosine", "logits_kl")} == {6}
+    alone = TaskObjective(mse=0.0, cosine=1.0)
+    terms = likeness(student, teacher, VALID, alone.weights(), 0.05)
+    assert terms["loss"][0] == parts["cosine"] and set(terms) == {"loss", "fvu"}
+
+
 def test_classification():
     logits = np.random.default_rng(0).normal(size=(B, N, C)).astype(np.float32)
     labels = np.random.default_rng(1).integers(0, C, (B, N)).astype(np.int32)
@@ -64,7 +138,7 @@ def test_classification():
 def test_nothing_counted_is_zero_and_zero():
     nothing = np.zeros((B, N), bool)
     for terms in (
-        pooled_mse(states(0), states(1), nothing),
+        likeness(states(0), states(1), nothing, Objective(1, 1, 1).weights(), 0.05),
         classification(states(0)[..., :C], np.zeros((B, N), np.int32), nothing),
     ):
         for total, count in terms.values():

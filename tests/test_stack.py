@@ -261,7 +261,9 @@ def test_the_stack_starts_as_the_llm_left_it():
 
     np.testing.assert_array_equal(hidden(stack.llm), hidden(parts.llm))
     wide = dataclasses.replace(parts.encoder.config, width=512)
-    spoken = stacking.Bridge(wide.width, 400, 0.37, nnx.Rngs(0))(
-        jax.random.normal(jax.random.key(0), (1, 64, wide.width))
-    )
-    np.testing.assert_allclose(jnp.std(spoken), 0.37, rtol=0.02)
+    heard = jax.random.normal(jax.random.key(0), (1, 64, wide.width))
+    for hidden, stride in ((0, 1), (256, 1), (0, 2), (256, 4)):
+        bridge = stacking.Bridge(wide.width, 400, 0.37, nnx.Rngs(0), hidden=hidden, stride=stride)
+        spoken, _ = bridge(heard, np.ones((1, 64), np.int32), 1)
+        assert spoken.shape == (1, 64 // stride, 400)
+        np.testing.assert_allclose(jnp.std(spoken), 0.37, rtol=0.03)

@@ -182,6 +182,8 @@ def distillation(config: c.MTLLM) -> Stage:
     graph, trainable, frozen = nnx.split(stack, stacking.is_trained(config), ...)
     vectors = np.random.default_rng(7).normal(size=(NUM_TEXTS, LLM.width)).astype(np.float32)
     objective = stacking.distillation_objective(config, graph)
+    head = randomised(classification_head(LLM.width, CLASSES, rngs()), 9)
+    frozen = stacking.distillation_frozen(config, frozen, head)
     return Stage(graph, trainable, frozen, objective, texts("source"), {"teacher": vectors})
 
 

@@ -87,29 +87,29 @@ class Made:
         return folder
 
     def hidden(self, rows: list[np.ndarray], causal: bool = False) -> tuple[jax.Array, np.ndarray]:
-        """States [B, S, D] of rows of token ids, and their segments [B, S]."""
+        """States [B, P, D] of rows of token ids, and their segments [B, P]."""
         batch = padded(rows, "text", self.source.pad_id, rows=len(rows))
-        ids, segments = batch["text_ids"], batch["text_segments"]
-        return self._hidden(ids, segments, causal), segments
+        h_BPD, segments_BP = self._hidden(batch["text_ids"], batch["text_segments"], causal)
+        return h_BPD, np.asarray(segments_BP)
 
     def vectors(self, rows: list[np.ndarray], causal: bool = False) -> np.ndarray:
         """[B, D]."""
-        h_BSD, segments_BS = self.hidden(rows, causal)
-        return np.asarray(segment_mean(h_BSD, segments_BS, 1)[:, 0])
+        h_BPD, segments_BP = self.hidden(rows, causal)
+        return np.asarray(segment_mean(h_BPD, segments_BP, 1)[:, 0])
 
     @functools.cached_property
     def _hidden(self) -> Any:
         graph, state = nnx.split(self.stack)
 
         @functools.partial(jax.jit, static_argnums=3, compiler_options=tiny.QUICK)
-        def run(state: Any, ids: jax.Array, segments: jax.Array, causal: bool) -> jax.Array:
+        def run(state: Any, ids: jax.Array, segments: jax.Array, causal: bool) -> Any:
             return nnx.merge(graph, state).hidden(ids, segments, 1, causal=causal)
 
         return functools.partial(run, state)
 
 
-def make_stack(tokenizers: Path, encoder: str, family: str) -> Made:
-    """A stack on an encoder whose tokenizer is in the sub-folder of its name."""
+def make_stack(tokenizers: Path, encoder: str, family: str, **bridge: int) -> Made:
+    """A stack on an encoder whose tokenizer is in the sub-folder of its name. bridge: its sizes."""
     size = source_tokenizer(tokenizers / encoder).vocab_size
     bert = {"vocab_size": size, "width": 16, "num_layers": 1, "num_heads": 2, "ffn": 24}
     sources = {
@@ -137,7 +137,7 @@ def make_stack(tokenizers: Path, encoder: str, family: str) -> Made:
         for rank, targets in ((4, ("q", "down")), (2, ("v",))):
             lora.attach(llm, rank=rank, alpha=6, dropout=0.1, targets=targets, rngs=rngs)
         module = NLLB if isinstance(source, NLLBConfig) else Bert
-        return Stack(module(source, rngs), Bridge(16, WIDTH, 1.0, rngs), llm)
+        return Stack(module(source, rngs), Bridge(16, WIDTH, 1.0, rngs, **bridge), llm)
 
     def head(size: int) -> Any:
         return _filled(lambda: classification_head(WIDTH, size, tiny.rngs()))

@@ -5,7 +5,9 @@ and the fields of `torch_code/configuration_mtllm.py`. The tensors, with the nam
 has for M2M100Encoder or BertModel and for LlamaModel (MistralModel, …):
 
     encoder.*                    embed_tokens, layers.0.… , layer_norm; BERT: embeddings, encoder
-    up_proj.weight, .bias        the bridge, [D, E] and [D]
+    up_proj.weight, .bias        the bridge, [D, E] and [D]; where it reads W positions as one,
+                                 [D, W · E]; behind bridge_in, [D, I]
+    bridge_in.weight, .bias      the first map of a bridge of two, [I, W · E] and [I]
     llm.*                        embed_tokens, layers.0.… , norm; there is no output layer
     score.weight                 the head, if there is one: [labels, D], or [1, D] for choices
 
@@ -18,7 +20,7 @@ they are called: the encoder's prefix is what stands before `layers.0.fc1.weight
 stands before `layers.0.mlp.gate_proj.weight`; the configs are the two fields of a model_type that
 an encoder or an LLM has.
 
-D LLM width, E encoder width, R LoRA rank.
+D LLM width, E encoder width, W the bridge's stride, I its inner width, R LoRA rank.
 """
 
 import collections
@@ -103,6 +105,8 @@ class StackConfig:
     languages: tuple[str, ...]
     legacy_source_order: bool
     lora: Mapping[str, tuple[int, float]]
+    bridge_hidden: int = 0  # as in `Bridge`
+    bridge_stride: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +195,8 @@ def save_stack(
         languages=tuple(languages),
         legacy_source_order=legacy_source_order,
         lora=_ranks(stack.llm) if lora == "kept" else {},
+        bridge_hidden=0 if stack.bridge.inner is None else stack.bridge.inner.kernel.shape[1],
+        bridge_stride=stack.bridge.stride,
     )
     source_files, llm_files = local_files(encoder_tokenizer_from), local_files(llm_tokenizer_from)
     tokenise.TargetTokenizer(llm_files)  # raises for what is none
@@ -233,6 +239,8 @@ def _check(stack: Stack, head: Linear | None, labels: Sequence[str], kind: str, 
             raise ValueError(f"{name} is {value!r}; it may be {', '.join(allowed)}")
     if lora == "kept" and not _ranks(stack.llm):
         raise ValueError("lora is 'kept', but the LLM has no adapters")
+    if kind == "multiple_choice" and stack.bridge.stride > 1:
+        raise ValueError("kind is 'multiple_choice', but the bridge shortens texts")
     if (head is None) != (kind == "none"):
         raise ValueError(f"kind is {kind!r}, but there is {'no' if head is None else 'a'} head")
     if bool(labels) != (kind == "classification"):
@@ -303,6 +311,8 @@ def _to_hf(config: StackConfig) -> dict[str, Any]:
             **{auto: f"modeling_mtllm.{name}" for auto, name in _CLASSES.values()},
         },
         "bidirectional": config.bidirectional,
+        "bridge_hidden": config.bridge_hidden,
+        "bridge_stride": config.bridge_stride,
         "encoder_config": _inner(encoder),
         "head": config.kind,
         "language_at_end": config.legacy_source_order,
@@ -413,12 +423,17 @@ def _config_of_ours(source: Mapping[str, Any], where: str) -> StackConfig:
         raise ValueError(f"{where}: head is {kind!r}; it may be {', '.join(_CLASSES)}")
     for name, wanted in (
         ("bidirectional", bool),
+        ("bridge_hidden", int),
+        ("bridge_stride", int),
         ("language_at_end", bool),
         ("languages", list),
         ("max_source_length", int),
     ):
         if type(found := source.get(name)) is not wanted:
             raise ValueError(f"{where}: {name} is {found!r}; it must be {wanted.__name__}")
+    for name, least in (("bridge_hidden", 0), ("bridge_stride", 1)):
+        if source[name] < least:
+            raise ValueError(f"{where}: {name} is {source[name]}; it must be at least {least}")
     llm = _llm_config(source, "llm_config", where)
     ours = {theirs: name for name, theirs in _projections(llm).items()}
     lora, given = {}, source.get("lora") or {}
@@ -442,6 +457,8 @@ def _config_of_ours(source: Mapping[str, Any], where: str) -> StackConfig:
         languages=tuple(source["languages"]),
         legacy_source_order=source["language_at_end"],
         lora=lora,
+        bridge_hidden=source["bridge_hidden"],
+        bridge_stride=source["bridge_stride"],
     )
 
 
@@ -526,7 +543,14 @@ def _to_fill(
             encoder = NLLB(config.encoder, rngs)
         else:
             encoder = Bert(config.encoder, rngs)
-        bridge = Bridge(config.encoder.width, config.llm.width, 1.0, rngs)
+        bridge = Bridge(
+            config.encoder.width,
+            config.llm.width,
+            1.0,
+            rngs,
+            hidden=config.bridge_hidden,
+            stride=config.bridge_stride,
+        )
         if not has_bias:
             bridge.up.bias = nnx.data(None)
         llm = Llama(config.llm, rngs)
@@ -572,9 +596,11 @@ def _table(config: StackConfig, names: _Names) -> dict[str, str]:
                 llm[path] = f"{stem}.base_layer.{weight}"
         for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
             llm[f"layers.{name}.{ours}"] = f"{kernel.removesuffix('weight')}{theirs}.weight"
-    bridge = {"kernel": f"{names.bridge}.weight", "bias": f"{names.bridge}.bias"}
+    maps = {"up": names.bridge} | ({"inner": "bridge_in"} if config.bridge_hidden else {})
     table = {f"encoder.{path}": name for path, name in encoder.items()}
-    table |= {f"bridge.up.{path}": name for path, name in bridge.items()}
+    for part, name in maps.items():
+        table[f"bridge.{part}.kernel"] = f"{name}.weight"
+        table[f"bridge.{part}.bias"] = f"{name}.bias"
     table |= {f"llm.{path}": name for path, name in llm.items()}
     return table | ({} if config.kind == "none" else {"head.kernel": f"{names.head}.weight"})
 

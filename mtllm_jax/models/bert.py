@@ -21,9 +21,12 @@ from mtllm_jax.models.layers import (
     Attention,
     LayerNorm,
     biased_linear,
+    cut_off_last,
+    depth,
     look_up,
     param,
     positions_in_segment,
+    put_together,
     scan_layers,
     split_key,
 )
@@ -130,6 +133,7 @@ class Bert(nnx.Module):
         self.type_YE = param(rngs, (c.token_types, c.width), ("types", "embed"), init)
         self.embedding_norm = LayerNorm(c.width, c.eps, rngs)
         self.layers = EncoderLayers(c, rngs)
+        self.top: EncoderLayers | None = nnx.data(None)
 
     def encode(
         self,
@@ -141,15 +145,28 @@ class Bert(nnx.Module):
     ) -> Array:
         """The last layer's states [B, S, E], computed in `dtype`. packed=False promises one text a
         row, from its first position on."""
-        return scan_layers(
-            self.layers,
-            lambda layer, h, key: layer(h, segments_BS, key, packed),
-            self.embed(ids_BS, positions_in_segment(segments_BS), dtype),
-            num_layers=self.config.num_layers,
-            dropout_key=dropout_key,
-            remat=self.config.remat,
-            unroll=self.config.unroll_layers,
-        )
+        h_BSE = self.embed(ids_BS, positions_in_segment(segments_BS), dtype)
+        for layers in (self.layers, *([] if self.top is None else [self.top])):
+            h_BSE = scan_layers(
+                layers,
+                lambda layer, h, key: layer(h, segments_BS, key, packed),
+                h_BSE,
+                num_layers=depth(layers),
+                dropout_key=dropout_key,
+                remat=self.config.remat,
+                unroll=self.config.unroll_layers,
+            )
+        return h_BSE
+
+    def free(self, num: int) -> None:
+        """Take the last `num` layers off, in place, as `top`, float32, so that they can learn
+        without the others."""
+        self.layers, self.top = cut_off_last(self.layers, num)
+
+    def whole(self) -> None:
+        """Put them back, in place, if they are off."""
+        if self.top is not None:
+            self.layers, self.top = put_together(self.layers, self.top), nnx.data(None)
 
     def embed(self, ids_BS: Array, positions_BS: Array, dtype: DTypeLike) -> Array:
         """[B, S, E]: token plus position, counted from 0 in each text, plus type 0; normalised."""

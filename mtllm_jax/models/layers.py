@@ -266,6 +266,26 @@ def scan_layers(
     return h
 
 
+def depth(layers: nnx.Module) -> int:
+    """Of stacked layers, their number."""
+    return jax.tree.leaves(nnx.state(layers))[0].shape[0]
+
+
+def cut_off_last(layers: Layers, num: int) -> tuple[Layers, Layers]:
+    """Stacked layers as two modules: all but the last `num`, and those, in float32."""
+    graph, state = nnx.split(layers)
+    first = jax.tree.map(lambda x: x[:-num], state)
+    last = jax.tree.map(lambda x: x[-num:].astype(jnp.float32), state)
+    return nnx.merge(graph, first), nnx.merge(graph, last)
+
+
+def put_together(first: Layers, last: Layers) -> Layers:
+    """What `cut_off_last` was given, in the wider dtype of the two."""
+    graph, state = nnx.split(first)
+    both = jax.tree.map(lambda x, y: jnp.concatenate((x, y)), state, nnx.state(last))
+    return nnx.merge(graph, both)
+
+
 def look_up(table_VD: Array, ids_BT: Array) -> Array:
     """Rows of a table, [B, T, D]. Over fsdp each device reads its part of the width for the rows of
     all its group, and gives each its own: neither table nor batch is ever whole."""

@@ -23,9 +23,12 @@ from mtllm_jax.models.layers import (
     Attention,
     LayerNorm,
     biased_linear,
+    cut_off_last,
+    depth,
     look_up,
     param,
     positions_in_segment,
+    put_together,
     scan_layers,
     split_key,
 )
@@ -204,6 +207,7 @@ class NLLB(nnx.Module):
         self.encoder = EncoderLayers(
             c.width, c.encoder_heads, c.encoder_ffn, c.encoder_layers, rngs, c.attention
         )
+        self.top: EncoderLayers | None = nnx.data(None)
         self.encoder_norm = LayerNorm(c.width, _EPS, rngs)
         self.decoder: DecoderLayers | None = nnx.data(None)
         self.decoder_norm: LayerNorm | None = nnx.data(None)
@@ -224,16 +228,29 @@ class NLLB(nnx.Module):
         """The encoder's normalised states [B, S, E], computed in `dtype`. packed=False promises one
         text a row, from its first position on."""
         h_BSE = self.embed(ids_BS, positions_in_segment(segments_BS), dtype)
-        h_BSE = scan_layers(
-            self.encoder,
-            lambda layer, h, key: layer(h, segments_BS, key, packed),
-            h_BSE,
-            num_layers=self.config.encoder_layers,
-            dropout_key=dropout_key,
-            remat=self.config.remat,
-            unroll=self.config.unroll_layers,
-        )
+        for layers in (self.encoder, *([] if self.top is None else [self.top])):
+            h_BSE = scan_layers(
+                layers,
+                lambda layer, h, key: layer(h, segments_BS, key, packed),
+                h_BSE,
+                num_layers=depth(layers),
+                dropout_key=dropout_key,
+                remat=self.config.remat,
+                unroll=self.config.unroll_layers,
+            )
         return self.encoder_norm(h_BSE)
+
+    def free(self, num: int) -> None:
+        """Take the last `num` encoder layers off, in place, as `top`, float32, so that they can
+        learn without the others; and the final norm in float32 too."""
+        self.encoder, self.top = cut_off_last(self.encoder, num)
+        for parameter in (self.encoder_norm.scale, self.encoder_norm.bias):
+            parameter.set_value(parameter[...].astype(jnp.float32))
+
+    def whole(self) -> None:
+        """Put them back, in place, if they are off."""
+        if self.top is not None:
+            self.encoder, self.top = put_together(self.encoder, self.top), nnx.data(None)
 
     def decode(
         self,

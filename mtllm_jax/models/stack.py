@@ -1,7 +1,7 @@
 """The stack: a frozen text encoder, the bridge, the LLM reading through it, a head.
 
-B rows, N texts packed in a row, S encoder positions, T decoder positions, E encoder width,
-D decoder width, C classes.
+B rows, N texts packed in a row, S encoder positions, T decoder positions, P those of the LLM in the
+stack (S, or fewer by the bridge), E encoder width, D decoder width, C classes.
 """
 
 from typing import Protocol
@@ -55,14 +55,15 @@ class Stack(nnx.Module):
         key: Array | None = None,
         choices: Choices | None = None,
     ) -> Array:
-        """Mean of the LLM's last states over each text's encoder positions. float32 [B, N, D].
+        """Mean of the LLM's last states over each text's positions. float32 [B, N, D].
 
-        With choices, over those of each choice instead. The other arguments are those of `hidden`.
+        With choices, over those of each choice instead; then the bridge must not shorten texts. The
+        other arguments are those of `hidden`.
         """
-        h_BSD = self.hidden(
+        h_BPD, segments_BP = self.hidden(
             ids_BS, segments_BS, num_texts, causal=causal, dtype=dtype, noise=noise, key=key
         )
-        return segment_mean(h_BSD, *(choices or (segments_BS, num_texts)))
+        return segment_mean(h_BPD, *(choices or (segments_BP, num_texts)))
 
     def hidden(
         self,
@@ -74,8 +75,8 @@ class Stack(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         noise: tuple[float, float] = (0.0, 0.0),
         key: Array | None = None,
-    ) -> Array:
-        """The LLM's last states at the encoder's positions, [B, S, D] in `dtype`.
+    ) -> tuple[Array, Array]:
+        """The LLM's last states, [B, P, D] in `dtype`, and the text of each position, [B, P].
 
         num_texts: the most in a row. noise: (per position, per text) std added to the encoder's
         states when `key` is given; the same key drops LoRA inputs.
@@ -84,9 +85,11 @@ class Stack(nnx.Module):
         packed = num_texts > 1
         h_BSE = self.encoder.encode(ids_BS, segments_BS, dtype, packed=packed)
         h_BSE = add_noise(h_BSE, segments_BS, num_texts, *noise, noise_key)
-        return self.llm.hidden(
-            self.bridge(h_BSE), segments_BS, causal=causal, packed=packed, dropout_key=dropout_key
+        h_BPD, segments_BP = self.bridge(h_BSE, segments_BS, num_texts)
+        h_BPD = self.llm.hidden(
+            h_BPD, segments_BP, causal=causal, packed=packed, dropout_key=dropout_key
         )
+        return h_BPD, segments_BP
 
 
 def llm_pooled(

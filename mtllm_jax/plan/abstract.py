@@ -17,7 +17,6 @@ from mtllm_jax import sharding
 from mtllm_jax.config import MTLLM
 from mtllm_jax.config import Mesh as MeshConfig
 from mtllm_jax.models.bert import Bert, BertConfig
-from mtllm_jax.models.bridge import Bridge
 from mtllm_jax.models.layers import split
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
@@ -92,8 +91,7 @@ def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, texts: int = 1) -
     llm_module = in_dtype(nnx.eval_shape(lambda: Llama(llm, nnx.Rngs(0))), dtype)
 
     def build(encoder_module: Any, llm_module: Any) -> Stack:
-        bridge = Bridge(encoder.width, llm.width, 1.0, nnx.Rngs(0))
-        return Stack(encoder_module, bridge, stacking.with_adapters(config, llm_module, 0))
+        return stacking.new_stack(config, encoder_module, llm_module, 1.0, 0)
 
     stack = nnx.eval_shape(build, encoder_module, llm_module)
     graph, trainable, frozen = split(stack, stacking.is_trained(config))

@@ -79,7 +79,8 @@ def estimate(step: abstract.Step, machine: Machine) -> Estimate:
         training.batch_rows, training.source_length, training.target_length, step.texts
     )
     trainable, frozen = step.state.trainable, step.frozen["stack"]
-    counted = flops.adaptation_flops(trainable, frozen, step.encoder, step.llm, batch)
+    stride = step.config.bridge.stride
+    counted = flops.adaptation_flops(trainable, frozen, step.encoder, step.llm, batch, stride)
     moved, traffic = layout.memory_traffic(), layout.traffic()
     return Estimate(
         memory=layout.memory(),
@@ -104,7 +105,9 @@ def seconds_of(
 
 
 class _Layout:
-    """One step on one mesh: what a chip holds, reads, receives."""
+    """One step on one mesh: what a chip holds, reads, receives. Where the bridge shortens texts, or
+    encoder layers learn, activations are still those of a student that reads all positions of a
+    frozen encoder."""
 
     def __init__(self, step: abstract.Step, machine: Machine):
         self.step, config = step, step.config

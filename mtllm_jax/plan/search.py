@@ -114,7 +114,8 @@ def _smaller(config: MTLLM, machine: Machine) -> list[tuple[str, Callable[[MTLLM
         (config.trained == "all", "--config.trained=lora", setting(trained="lora")),
         (
             (config.frozen_dtype, config.trained, config.distillation.start)
-            == ("bfloat16", "lora", "stage1"),
+            == ("bfloat16", "lora", "stage1")
+            and not config.encoder_layers,
             "--config.frozen_dtype=int8",
             setting(frozen_dtype="int8"),
         ),

@@ -86,12 +86,12 @@ def reduced(config: MTLLM) -> MTLLM:
     """The same models, batches and lengths, one step and seed, and less of the embedded text."""
 
     def one_step(group: Group) -> Group:
-        """`group` with steps=1 in it and below."""
+        """`group` with steps=1 in it and below, where there are any."""
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(group):  # type: ignore[arg-type]
             value = getattr(group, field.name)
             if field.name == "steps":
-                changes["steps"] = 1
+                changes["steps"] = min(value, 1)
             elif field.name == "samplings":
                 changes["samplings"] = 1
             elif dataclasses.is_dataclass(value):

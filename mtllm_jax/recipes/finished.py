@@ -18,7 +18,16 @@ from mtllm_jax.schema import resolve, to_dict
 
 _CALLED = {"adaptation": "stage 1", "distillation": "training"}
 # What a stage 1 was trained with, and the task goes on with.
-_BOUND = ("english", "bidirectional", "trained", "lora", "frozen_dtype", "legacy_source_order")
+_BOUND = (
+    "english",
+    "bidirectional",
+    "trained",
+    "lora",
+    "frozen_dtype",
+    "legacy_source_order",
+    "bridge",
+    "encoder_layers",
+)
 
 
 @dataclasses.dataclass(frozen=True)

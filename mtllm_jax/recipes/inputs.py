@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 
 from mtllm_jax import sharding
-from mtllm_jax.config import MTLLM, SIDES, TaskSource, naming, require
+from mtllm_jax.config import MTLLM, SIDES, Adaptation, TaskSource, Training, naming, require
 from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.benchmarks import (
     STAND_INS,
@@ -50,6 +50,22 @@ REVISIONS = "revisions.json"  # in a run folder: {field: commit} of models named
 
 # The fields that name models, and the model_types that each may be of.
 _MODELS = {"encoder": ENCODERS, "llm": FAMILIES, "translator": TRANSLATORS}
+
+
+# What a stage 1 without steps makes no use of; `adaptation.training.steps` itself it does.
+_ADAPTING = (
+    "adaptation_text",
+    *(
+        f"adaptation.{field.name}"
+        for field in dataclasses.fields(Adaptation)
+        if field.name != "training"
+    ),
+    *(
+        f"adaptation.training.{field.name}"
+        for field in dataclasses.fields(Training)
+        if field.name != "steps"
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +111,14 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     if config.frozen_dtype == "int8":
         with naming("frozen_dtype"):
             quantised.check_available()
-    if config.trained == "lora":
+    if config.trained != "all":
         _check_lora_targets(config)
     config, revisions = locate_models(config, revisions)
     if config.llm:
         _check_llm(config)
     source = _check_encoder(config) if config.encoder else None
+    if source is None and config.mini_nllb is not None:
+        _check_encoder_layers(config, config.mini_nllb.encoder_layers)
     readable = source.languages if source else (config.english, *config.languages)
     if config.uses_embedded_text():
         with naming("languages"):
@@ -110,6 +128,9 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
             for code in config.languages:
                 check_language(code, readable)
     task = read_task(config, readable) if config.task.given else None
+    if task is not None and task.num_choices:
+        why = "1 for multiple choice, which pools the encoder's own positions"
+        require(config.bridge.stride == 1, "bridge.stride", config.bridge.stride, why)
     tokenizers = [source]
     if config.translator:
         tests = task.tests.values() if task else []
@@ -246,12 +267,23 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
         if config.encoder or config.stage1:
             reasons["languages"] = "the languages evaluated are those of the task's test rows"
     else:
-        unread = ("task.name", "task.languages", "task.limit")
-        reasons |= dict.fromkeys(unread, "neither config.task.benchmark nor task.train is given")
+        limits = ("task.name", "task.languages", "task.limit")
+        reasons |= dict.fromkeys(limits, "neither config.task.benchmark nor task.train is given")
     if config.stage1:
         reasons |= dict.fromkeys(("adaptation", "lora.start"), "config.stage1 brings its stage 1")
+    elif not config.adaptation.training.steps:
+        reasons |= dict.fromkeys(_ADAPTING, "stage 1 is left out, of 0 steps")
     if config.trained == "all":
         reasons |= dict.fromkeys(("lora.targets", "lora.start"), "config.trained is 'all'")
+    if config.trained == "bridge":
+        reasons["lora.start"] = "config.trained is 'bridge'"
+    unread = [(config.distillation.objective.logits_kl, "distillation", "logits_temperature")]
+    unread.append((config.distillation.objective.contrastive, "distillation", "temperature"))
+    if not config.stage1 and config.adaptation.training.steps:
+        unread.append((config.adaptation.objective.contrastive, "adaptation", "temperature"))
+    for weight, where, field in unread:
+        if not weight:
+            reasons[f"{where}.objective.{field}"] = f"its term in {where}.objective weighs nothing"
     found: dict[str, list[str]] = {}
     for name in given:
         for idle, reason in reasons.items():
@@ -349,6 +381,8 @@ def _check_encoder(config: MTLLM) -> SourceTokenizer:
         read = translation_tokenizer if has_decoder(config.encoder) else source_tokenizer
         tokenizer = read(local_files(config.encoder))
         _check_vocabulary(config.encoder, tokenizer.vocab_size, sizes.vocab_size)
+    layers = sizes.num_layers if isinstance(sizes, BertConfig) else sizes.encoder_layers
+    _check_encoder_layers(config, layers)
     with naming("english"):
         check_language(config.english, tokenizer.languages)
     if isinstance(sizes, BertConfig):
@@ -357,6 +391,11 @@ def _check_encoder(config: MTLLM) -> SourceTokenizer:
         with naming("adaptation.subword_sampling"):
             tokenizer.encode(["a"], config.english, sampling_alpha=alpha)
     return tokenizer
+
+
+def _check_encoder_layers(config: MTLLM, most: int) -> None:
+    layers = config.encoder_layers
+    require(layers <= most, "encoder_layers", layers, f"at most {most}, those of the encoder")
 
 
 def _check_lengths(config: MTLLM, most: int) -> None:

@@ -50,7 +50,7 @@ from mtllm_jax.models.stack import (
     llm_pooled,
     segment_mean,
 )
-from mtllm_jax.objectives import Terms, classification, pooled_mse
+from mtllm_jax.objectives import Terms, classification, likeness, logits_kl
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.runfolder import changed_since, new_file
 from mtllm_jax.tasks.task import Row, Task, texts_of
@@ -125,22 +125,27 @@ def check_weights(run: epath.Path, weights: dict[str, str], *, write: bool = Fal
 
 
 def is_trained(config: MTLLM) -> Any:
-    """The filter for what learns: the bridge, heads, and the LLM's adapters or all its layers."""
-    parts = nnx.Any(nnx.PathContains("bridge"), nnx.PathContains("head"))
-    if config.trained == "lora":
-        return nnx.Any(parts, LoRAParam)
+    """The filter for what learns: the bridge, heads, the LLM's adapters or all its layers, and the
+    encoder's last layers where they were made free."""
+    parts = ["bridge", "head"]
+    if config.encoder_layers:
+        parts += ["top", "encoder_norm"]
+    chosen = nnx.Any(*map(nnx.PathContains, parts))
+    if config.trained != "all":
+        return nnx.Any(chosen, LoRAParam)
     # Embeddings stay: the stack does not read them, and decay alone would shrink them.
-    return nnx.All(
-        nnx.Not(nnx.Any(*(nnx.PathContains(p) for p in ("encoder", "embedding", "output")))),
-    )
+    frozen = nnx.Any(*map(nnx.PathContains, ("encoder", "embedding", "output")))
+    return nnx.Any(chosen, nnx.Not(frozen))
 
 
 def with_adapters(config: MTLLM, llm: Llama, seed: int, start: str = "") -> Llama:
-    """A copy of the LLM that can learn: with LoRA factors, or in float32 where all learns.
+    """A copy of the LLM, with what of it learns: LoRA factors, or all in float32, or nothing.
 
     start: the PEFT folder that the factors are taken from; "" = fresh ones.
     """
     llm = nnx.clone(llm)
+    if config.trained == "bridge":
+        return llm
     if config.trained == "lora" and start:
         attach_peft(llm, start, rngs=nnx.Rngs(seed), dropout=config.lora.dropout)
         return llm
@@ -163,11 +168,21 @@ def _attach(config: MTLLM, module: nnx.Module, targets: Sequence[str], seed: int
 
 
 def build_stack(config: MTLLM, parts: Parts, seed: int, start: str = "") -> Stack:
-    """encoder → a fresh bridge → the LLM with what it may learn. start: as in `with_adapters`."""
+    """encoder → a fresh bridge → the LLM, with what may learn. start: as in `with_adapters`."""
     scale = float(_root_mean_square(parts.llm.embedding[...]))
-    bridge = Bridge(parts.encoder.config.width, parts.llm.config.width, scale, nnx.Rngs(seed))
-    llm = with_adapters(config, parts.llm, seed + 1, start)
-    return Stack(nnx.clone(parts.encoder), bridge, llm)
+    return new_stack(config, parts.encoder, parts.llm, scale, seed, start)
+
+
+def new_stack(
+    config: MTLLM, encoder: Encoder, llm: Llama, scale: float, seed: int, start: str = ""
+) -> Stack:
+    """The same with the bridge's `scale` given; traceable."""
+    widths = encoder.config.width, llm.config.width
+    bridge = Bridge(*widths, scale, nnx.Rngs(seed), **dataclasses.asdict(config.bridge))
+    encoder = nnx.clone(encoder)
+    if config.encoder_layers:
+        encoder.free(config.encoder_layers)
+    return Stack(encoder, bridge, with_adapters(config, llm, seed + 1, start))
 
 
 @jax.jit  # so that a large table is never widened whole
@@ -179,18 +194,19 @@ def _root_mean_square(x: Array) -> Array:
 
 
 def adaptation_frozen(config: MTLLM, stack: nnx.State, teacher: nnx.State) -> dict[str, nnx.State]:
-    """What stage 1 only reads. Beside its adapters the student's LLM is the teacher: held once."""
-    return {"stack": stack} if config.trained == "lora" else {"stack": stack, "teacher": teacher}
+    """What stage 1 only reads. But for its adapters the student's LLM is the teacher: held once."""
+    return {"stack": stack, "teacher": teacher} if config.trained == "all" else {"stack": stack}
 
 
 def adaptation_objective(
     config: MTLLM, stack_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef
 ) -> Objective:
-    """MSE between what the stack makes of a text and what the LLM makes of it, both pooled.
+    """How far what the stack makes of a text is from what the LLM makes of it, both pooled.
 
     The objective's `frozen` is what `adaptation_frozen` gives.
     """
     dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
+    wanted = config.adaptation.objective
     noise = (config.adaptation.noise_position, config.adaptation.noise_text)
 
     def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
@@ -215,7 +231,9 @@ def adaptation_objective(
             causal=causal,
             dtype=dtype,
         )
-        return pooled_mse(student_BND, teacher_BND, batch["example"] > 0)
+        return likeness(
+            student_BND, teacher_BND, batch["example"] > 0, wanted.weights(), wanted.temperature
+        )
 
     return objective
 
@@ -232,7 +250,8 @@ def adaptation_rows(
 def general_adaptation(
     job: Job[MTLLM], parts: Parts, english: Sequence[str] | Prepared
 ) -> nnx.State:
-    """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained."""
+    """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained, or
+    of 0 steps what would have been."""
     config, seed = job.config, job.stage_seed("adaptation")
     training = config.adaptation.training
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
@@ -252,7 +271,7 @@ def general_adaptation(
                 target_fill=packed.fill["target"],
             )
             sizes = parts.encoder.config, parts.llm.config
-            return adaptation_flops(trainable, frozen, *sizes, step)
+            return adaptation_flops(trainable, frozen, *sizes, step, config.bridge.stride)
 
         stack = build_stack(config, parts, seed, config.lora.start)
         graph, trainable, frozen = split(stack, is_trained(config))
@@ -293,10 +312,15 @@ class LLMClassifier(nnx.Module):
         self.head = head
 
 
+def of_teacher(config: MTLLM) -> MTLLM:
+    """The config as stage 2a has it: a teacher cannot but learn, with adapters if nothing else."""
+    return dataclasses.replace(config, trained="lora") if config.trained == "bridge" else config
+
+
 def new_teacher(config: MTLLM, parts: Parts, num_outputs: int, seed: int) -> LLMClassifier:
     """The LLM with what it may learn and a fresh head, as stage 2a starts."""
     head = classification_head(parts.llm.config.width, num_outputs, nnx.Rngs(seed))
-    return LLMClassifier(with_adapters(config, parts.llm, seed + 1), head)
+    return LLMClassifier(with_adapters(of_teacher(config), parts.llm, seed + 1), head)
 
 
 def teacher_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int = 0) -> Objective:
@@ -336,7 +360,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
     training = config.teacher
     with job.stage("teacher", "stage 2a, the task's English teacher") as stage:
         model = new_teacher(config, parts, task.num_outputs, seed)
-        graph, trainable, frozen = split(model, is_trained(config))
+        graph, trainable, frozen = split(model, is_trained(of_teacher(config)))
         read = functools.cache(lambda: _target_rows(parts, task, training))
         trained = fit(
             stage,
@@ -443,14 +467,25 @@ class StackClassifier(nnx.Module):
         self.head = head
 
 
+def distillation_frozen(config: MTLLM, stack: nnx.State, head: Linear) -> dict[str, nnx.State]:
+    """What stage 2b only reads: the teacher's head is asked where its logits are in the loss."""
+    if not config.distillation.objective.logits_kl:
+        return {"stack": stack}
+    return {"stack": stack, "head": nnx.state(head)}
+
+
 def distillation_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int = 0) -> Objective:
-    """MSE between the stack's pooled state and the stored one of the task's teacher; of multiple
-    choice, those of every choice."""
+    """How far the stack's pooled state is from the stored one of the task's teacher; of multiple
+    choice, those of every choice.
+
+    The objective's `frozen` is what `distillation_frozen` gives.
+    """
     dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
     noise = (config.distillation.noise_position, config.distillation.noise_text)
+    wanted = config.distillation.objective
 
     def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
-        stack: Stack = nnx.merge(graph, trainable, frozen)
+        stack: Stack = nnx.merge(graph, trainable, frozen["stack"])
         student_BND = stack.pooled(
             batch["source_ids"],
             batch["source_segments"],
@@ -461,10 +496,23 @@ def distillation_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int 
             key=key,
             choices=_choices(batch, num_choices),
         )
-        if not num_choices:
-            return pooled_mse(student_BND, batch["teacher"], batch["example"] > 0)
-        valid_BC = jnp.broadcast_to(batch["example"] > 0, student_BND.shape[:2])
-        return pooled_mse(student_BND, batch["teacher"][:, 0], valid_BC)
+        teacher_BND, valid_BN = batch["teacher"], batch["example"] > 0
+        if num_choices:
+            teacher_BND = teacher_BND[:, 0]
+            valid_BN = jnp.broadcast_to(valid_BN, student_BND.shape[:2])
+        others = {}
+        if "head" in frozen:
+            kernel_DC = frozen["head"]["kernel"][...].astype(jnp.float32)
+            others["logits_kl"] = logits_kl(
+                student_BND @ kernel_DC,
+                teacher_BND @ kernel_DC,
+                valid_BN,
+                wanted.logits_temperature,
+                across=bool(num_choices),
+            )
+        return likeness(
+            student_BND, teacher_BND, valid_BN, wanted.weights(), wanted.temperature, others
+        )
 
     return objective
 
@@ -492,7 +540,7 @@ def task_distillation(
             training,
             objective=distillation_objective(config, graph, task.num_choices),
             trainable=trainable,
-            frozen=frozen,
+            frozen=distillation_frozen(config, frozen, teacher.head),
             rows=lambda: read().rows,
             mesh=job.mesh,
             seed=seed,
@@ -512,21 +560,25 @@ def with_trained(config: MTLLM, model: Any, trained: nnx.State) -> Any:
 def load_trained(
     run: epath.Path, config: MTLLM, parts: Parts, num_outputs: int
 ) -> tuple[LLMClassifier, StackClassifier]:
-    """What stages 2a and 2b of a run ended with: the task's teacher and the student.
+    """What stages 2a and 2b of a run ended with: the task's teacher and the student, its encoder's
+    layers in one piece.
 
     ValueError for weights that are missing or damaged.
     """
 
-    def trained(model: Any, stage: str) -> Any:
+    def trained(config: MTLLM, model: Any, stage: str) -> Any:
         _, fresh, _ = split(model, is_trained(config))
         return with_trained(config, model, load_params(run / stage / "params", fresh))
 
-    teacher = trained(new_teacher(config, parts, num_outputs, seed=0), "teacher")
+    fresh_teacher = new_teacher(config, parts, num_outputs, seed=0)
+    teacher = trained(of_teacher(config), fresh_teacher, "teacher")
     stack = build_stack(config, parts, seed=0)
     if config.distillation.start == "stage1+teacher":
         # For the frozen weights' sake, beside adapters: what learnt is read in the next line.
         add_difference(stack.llm, teacher.llm, parts.llm)
-    return teacher, StackClassifier(trained(stack, "distillation"), teacher.head)
+    stack = trained(config, stack, "distillation")
+    stack.encoder.whole()
+    return teacher, StackClassifier(stack, teacher.head)
 
 
 def add_difference(student: Llama, tuned: Llama, base: Llama) -> None:

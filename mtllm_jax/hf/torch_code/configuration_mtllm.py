@@ -1,4 +1,4 @@
-"""Configuration of a stack: MT encoder, linear bridge, LLM, head."""
+"""Configuration of a stack: MT encoder, bridge, LLM, head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,8 @@ class MTLLMConfig(PretrainedConfig):
     """Sizes of the two models, and how the stack reads.
 
     encoder_config, llm_config: configurations of the models, or their dicts.
+    bridge_hidden: width between two linear maps with GELU; 0: there is one map. bridge_stride: so
+    many positions of the encoder become one of the LLM.
     bidirectional: every position of the LLM sees the whole text, not only what stands before it.
     max_source_length: tokens of the longest text; the end of a longer one is cut off.
     languages: codes that a text may be in. language_ids: the token for each of them, which a text
@@ -26,6 +28,8 @@ class MTLLMConfig(PretrainedConfig):
         self,
         encoder_config: Any = None,
         llm_config: Any = None,
+        bridge_hidden: int = 0,
+        bridge_stride: int = 1,
         bidirectional: bool = True,
         max_source_length: int = 512,
         languages: Sequence[str] = (),
@@ -37,6 +41,8 @@ class MTLLMConfig(PretrainedConfig):
     ):
         self.encoder_config = _made(encoder_config)
         self.llm_config = _made(llm_config)
+        self.bridge_hidden = bridge_hidden
+        self.bridge_stride = bridge_stride
         self.bidirectional = bidirectional
         self.max_source_length = max_source_length
         self.languages = list(languages)

@@ -1,6 +1,6 @@
-"""A stack: a text encoder's states go through a linear map into an LLM, which reads them as text.
+"""A stack: a text encoder's states go through a bridge into an LLM, which reads them as text.
 
-B rows, S positions, D width of the LLM, C classes or choices.
+B rows, S positions, P of them for the LLM, D width of the LLM, C classes or choices.
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     vectors = model.encode(["Japan und Kenia"], "deu_Latn")
@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
 
 
 class MTLLMModel(PreTrainedModel):
-    """Encoder, linear map and LLM: texts of many languages become vectors of the LLM."""
+    """Encoder, bridge and LLM: texts of many languages become vectors of the LLM."""
 
     config_class = MTLLMConfig
     _supports_sdpa = True
@@ -54,7 +54,9 @@ class MTLLMModel(PreTrainedModel):
             self.encoder = M2M100Encoder(source)
         else:
             self.encoder = AutoModel.from_config(source, add_pooling_layer=False)
-        self.up_proj = nn.Linear(source.hidden_size, llm.hidden_size)
+        width = config.bridge_stride * source.hidden_size
+        self.bridge_in = nn.Linear(width, config.bridge_hidden) if config.bridge_hidden else None
+        self.up_proj = nn.Linear(config.bridge_hidden or width, llm.hidden_size)
         self.llm = AutoModel.from_config(llm)
         for layer in self.llm.layers:
             for block in (layer.self_attn, layer.mlp):
@@ -67,9 +69,10 @@ class MTLLMModel(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """Token ids [B, S] → the LLM's states [B, S, D], and their means, float32 [B, D].
+        """Token ids [B, S] → the LLM's states [B, P, D], and their means, float32 [B, D].
 
-        Rows may be padded on either side.
+        Rows may be padded on either side. P is S, unless the bridge shortens texts: then the states
+        of each begin at the first position.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -77,7 +80,13 @@ class MTLLMModel(PreTrainedModel):
         # BERT counts padding too unless it is told; M2M100 and RoBERTa know padding by its id.
         told = {"position_ids": positions} if self.encoder.config.model_type == "bert" else {}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **told)
-        inputs = self.up_proj(states.last_hidden_state)
+        inputs = states.last_hidden_state
+        if self.config.bridge_stride > 1:
+            inputs, attention_mask = windows(inputs, attention_mask, self.config.bridge_stride)
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        if self.bridge_in is not None:
+            inputs = nn.functional.gelu(self.bridge_in(inputs))
+        inputs = self.up_proj(inputs)
         mask = attention_mask
         if self.config.bidirectional:
             # A mask [B, 1, S, S] is added to the scores as it is, instead of the causal one.
@@ -264,6 +273,20 @@ class MTLLMForMultipleChoice(MTLLMModel):
             for i, row_shares in zip(places, shares, strict=True):
                 answers[i] = row_shares[: len(choices[i])]
         return answers
+
+
+def windows(states: Tensor, mask: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Each `stride` positions of a text side by side, from its first on, and their mask [B, P].
+
+    The last window of a text is filled up with zeros.
+    """
+    rows, length, width = states.shape
+    slots = -(-length // stride) * stride
+    row, place = (mask > 0).nonzero(as_tuple=True)
+    slot = (mask > 0).long().cumsum(-1)[row, place] - 1
+    packed = states.new_zeros(rows, slots, width).index_put((row, slot), states[row, place])
+    firsts = mask.new_zeros(rows, slots).index_put((row, slot), mask[row, place])[:, ::stride]
+    return packed.reshape(rows, -1, stride * width), firsts
 
 
 def mean_by_segment(hidden: Tensor, segments: Tensor, num: int) -> Tensor:
