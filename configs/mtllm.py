@@ -41,7 +41,7 @@ def mini() -> c.MTLLM:
         llm="",
         english="eng_Latn",
         languages=LANGUAGES,
-        adaptation_text="",
+        adaptation_text=(),
         task=c.TaskSource(),
         text=c.TextSizes(),
         mini_nllb=c.MiniNLLB(

@@ -118,12 +118,17 @@ def _task_data(config: MTLLM) -> str:
     return epath.Path(config.task.train).name if config.task.train else "lists of names from CLDR"
 
 
+def _last_part(source: str) -> str:
+    """A file's or folder's name alone; that of a data set whole."""
+    return source if source.startswith(("tfds:", "hf:")) else epath.Path(source).name
+
+
 def _data(config: MTLLM) -> list[str]:
     """A line for each kind of text that was trained on."""
     own = config.adaptation_text
     lines = [
         "general adaptation, English: "
-        + (epath.Path(own).name if own else "names, lists and facts from CLDR"),
+        + (", ".join(map(_last_part, own)) if own else "names, lists and facts from CLDR"),
         f"task, English: {_task_data(config)}",
     ]
     if not config.encoder:

@@ -359,7 +359,10 @@ class _TupleParser(flags.ArgumentParser[tuple[Any, ...]]):
         try:
             value = ast.literal_eval(argument)
         except (SyntaxError, ValueError):
-            value = [part.strip() for part in argument.strip("()[] ").split(",") if part.strip()]
+            text = argument.strip()
+            if text[:1] + text[-1:] in ("()", "[]"):
+                text = text[1:-1]
+            value = [part.strip() for part in text.split(",") if part.strip()]
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
     def flag_type(self) -> str:

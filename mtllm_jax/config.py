@@ -242,6 +242,9 @@ class Adaptation:
     noise_text: float = 0.0  # the same, one draw per text
     subword_sampling: float = 0.0  # sentencepiece's alpha for the encoder side; 0 = none
     samplings: int = 1  # segmentations of each text
+    # Of config.adaptation_text's sources: how many of the texts that are drawn are of each, in
+    # proportion; () = every text is drawn once.
+    mixture: tuple[float, ...] = ()
 
     def check(self) -> None:
         self.objective.check("adaptation.objective")
@@ -249,6 +252,8 @@ class Adaptation:
         alpha = self.subword_sampling
         require(0 <= alpha <= 1, "adaptation.subword_sampling", alpha, "from 0 to 1")
         require(self.samplings >= 1, "adaptation.samplings", self.samplings, "at least 1")
+        weights = self.mixture
+        require(all(w > 0 for w in weights), "adaptation.mixture", weights, "weights above 0")
 
 
 @dataclass(frozen=True)
@@ -361,7 +366,8 @@ class MTLLM:
     llm: str  # Hugging Face folder of the LLM; "" = train the mini Llama
     english: str  # FLORES-200 code of the language the LLM is adapted and trained in
     languages: tuple[str, ...]  # FLORES-200 codes of the embedded text beside English
-    adaptation_text: str  # English text for stage 1; "" = the embedded text
+    # Sources of English text for stage 1, as data/sources.py reads them; () = the embedded text.
+    adaptation_text: tuple[str, ...]
     task: TaskSource
     # None: these settings are for checkpoints, texts and tasks of the user's own.
     text: TextSizes | None
@@ -414,6 +420,15 @@ class MTLLM:
             "languages",
             self.languages,
             f"languages other than {self.english}",
+        )
+        texts, weights = self.adaptation_text, self.adaptation.mixture
+        distinct = len(set(texts)) == len(texts)
+        require(distinct, "adaptation_text", texts, "a list without repetitions")
+        require(
+            len(weights) in (0, len(texts)),
+            "adaptation.mixture",
+            weights,
+            f"() or {len(texts)} weights, one for each source of config.adaptation_text",
         )
         distinct = len(set(self.seeds)) == len(self.seeds)
         require(distinct, "seeds", self.seeds, "a list without repetitions")

@@ -53,7 +53,7 @@ def config(fields: dict[str, Any], name: str = "mini") -> MTLLM:
         group = values
         for part in groups:
             group = group[part]
-        group[last] = value
+        group[last] = (value,) if path == "adaptation_text" else value
     return resolve(MTLLM, values)
 
 
@@ -122,7 +122,8 @@ def test_real_settings_ask_for_what_is_real(own, name):
     fields |= {"evaluation.batch_rows": 64}
     message = refusal(fields, "llama3-8b")
     field = "task.train" if name == "task" else name
-    assert message.startswith(f"config.{field} is ''; the settings llama3-8b")
+    empty = () if field == "adaptation_text" else ""
+    assert message.startswith(f"config.{field} is {empty!r}; the settings llama3-8b")
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_a_benchmark_that_is_not_there(own, tmp_path):
 def test_texts_of_the_test_are_no_texts_of_stage_1(own):
     Path(own["adaptation_text"]).write_text("Ghana und Togo \nKenya is in Africa\n ケニア\n")
     inputs = read_inputs(config(own))
-    assert inputs.adaptation_text == ["Kenya is in Africa"]
+    assert list(inputs.adaptation_text) == ["Kenya is in Africa"]
     assert inputs.task.notes == ("2 of 3 texts are left out of stage 1: they are the test's.",)
     Path(own["adaptation_text"]).write_text("Kenya\n")
     assert "holds no text that is not one of the test's" in refusal(own)

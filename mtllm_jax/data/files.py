@@ -1,4 +1,4 @@
-"""A user's files → rows of a labelled task, and English texts for general adaptation.
+"""A user's files → rows of a labelled task.
 
 Files are read whole and checked whole before anything is trained: each error is one sentence that
 names the file and the line where the row starts (in Parquet, which has no lines, the row). Lines
@@ -6,23 +6,16 @@ and rows count from 1.
 """
 
 import difflib
-import glob
-import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from mtllm_jax.data import formats
 from mtllm_jax.languages import LANGUAGES, check_language
 
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
-TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 _CHOICES = tuple(f"choice{i}" for i in range(1, 27))
-_CHUNK = 1 << 16  # texts that are Python objects at a time, before Arrow packs their bytes together
 
 
 def read_rows(
@@ -112,98 +105,6 @@ def read_rows(
 def label_names(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """The labels that occur, sorted: a class's number is its place here."""
     return tuple(sorted({row["label"] for row in rows}))
-
-
-class Texts:
-    """Texts in memory by number, as grain's random-access sources are. `files`: where from."""
-
-    def __init__(self, column: pa.ChunkedArray, files: Sequence[Path]):
-        self._column = column
-        self.files = tuple(files)
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    def __getitem__(self, i: int) -> str:
-        return self._column[int(i)].as_py()
-
-    def without(self, unwanted: Collection[str]) -> "Texts":
-        """Those that are, but for blanks around them, none of the unwanted."""
-        trimmed = pc.utf8_trim_whitespace(self._column)
-        values = pa.array([text.strip() for text in unwanted], pa.large_string())
-        return Texts(self._column.filter(pc.invert(pc.is_in(trimmed, values))), self.files)
-
-
-def read_texts(path: str | Path) -> Texts:
-    """English texts for general adaptation, from a file, a folder (searched below too) or a glob.
-
-    .txt holds a text a line (blank lines are skipped); .jsonl, .jsonl.gz and .parquet have them
-    under "text", the layout of web-text collections. Files follow each other sorted by path. A
-    folder must hold one kind of them, so that a licence or a second copy is not read as text.
-
-    Raises ValueError as `read_rows` does, and for a folder or glob without such files.
-    """
-    files = _text_files(path)
-    chunks = [chunk for file in files for chunk in _text_chunks(file)]
-    return Texts(pa.chunked_array(chunks, pa.large_string()), files)
-
-
-def _text_files(path: str | Path) -> list[Path]:
-    given = Path(path)
-    if given.is_dir():
-        below = ((file, file.relative_to(given).parts) for file in given.rglob("*"))
-        files = [f for f, parts in below if not any(part.startswith(".") for part in parts)]
-        files = [f for f in files if f.is_file() and formats.suffix_of(f) in TEXT_SUFFIXES]
-        kinds = sorted({formats.suffix_of(file) for file in files})
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{path} holds {' and '.join(kinds)} files; name one kind, such as"
-                f" {given / '**' / ('*' + kinds[0])}."
-            )
-    elif given.exists() or not any(sign in str(path) for sign in "*?["):
-        return [given]
-    else:
-        files = [Path(f) for f in glob.glob(str(path), recursive=True) if Path(f).is_file()]
-    if not files:
-        raise ValueError(f"{path} names no file; {', '.join(TEXT_SUFFIXES)} are read.")
-    return sorted(files)
-
-
-def _text_chunks(path: Path) -> list[pa.Array]:
-    formats.check_file(path, TEXT_SUFFIXES)
-    if formats.suffix_of(path) == ".parquet":
-        return _parquet_texts(path)
-    if formats.suffix_of(path) == ".txt":
-        texts = (text.rstrip("\r\n") for _, text in formats.lines(path) if text.strip())
-    else:
-        texts = (_json_text(path, line, cells) for line, cells in formats.json_records(path))
-    chunks = []
-    while batch := list(itertools.islice(texts, _CHUNK)):
-        chunks.append(pa.array(batch, pa.large_string()))
-    if not chunks:
-        raise ValueError(f"{path} holds no text.")
-    return chunks
-
-
-def _json_text(path: Path, line: int, cells: formats.Cells) -> str:
-    where = formats.at(path, line)
-    check_columns(cells, ["text"], where)
-    return cell_value(cells["text"], str, "text", where)
-
-
-def _parquet_texts(path: Path) -> list[pa.Array]:
-    names, table = formats.read_parquet(path, ["text"])
-    check_columns(names, ["text"], formats.header_at(path))
-    column = table["text"]
-    if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
-        raise ValueError(f"{path}: the column 'text' is {column.type}, it must be string.")
-    if not len(column):
-        raise ValueError(f"{path} holds no text.")
-    column = column.cast(pa.large_string())
-    blank = pc.equal(pc.fill_null(pc.utf8_trim_whitespace(column), ""), "")
-    if (row := pc.index(blank, True).as_py()) >= 0:
-        raise ValueError(f"{formats.at(path, row + 1)}: the text is empty.")
-    return column.chunks
 
 
 def check_columns(names: Collection[str], required: Sequence[str], where: str) -> None:

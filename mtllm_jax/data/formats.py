@@ -6,6 +6,7 @@ which has no lines, the row). Lines and rows count from 1.
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_PIECE = 1024  # rows of a Parquet file that are Python objects at a time
+_PIECE = 1024  # rows of a Parquet file that are in memory at a time
+# Otherwise row groups are read whole, and kept until the file is closed.
+_A_PIECE_AT_A_TIME: dict[str, Any] = {"buffer_size": 1 << 20, "pre_buffer": False}
 
 Cells = dict[str, Any]
 
@@ -48,7 +51,7 @@ def stream(path: Path) -> Iterator[tuple[int, Cells]]:
         return
     row = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, **_A_PIECE_AT_A_TIME) as file:
             _check_header(file.schema_arrow.names, str(path))
             for piece in file.iter_batches(_PIECE):
                 for cells in piece.to_pylist():
@@ -108,15 +111,56 @@ def json_records(path: Path) -> Iterator[tuple[int, Cells]]:
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers and lines with their ends. In UTF-8 no other character holds a line's end."""
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        with _opened(path) as file:
             for line, raw in enumerate(file, 1):
                 try:
                     text = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise ValueError(_not_utf8(at(path, line), "line", error)) from None
+                    raise ValueError(not_utf8(at(path, line), "line", error)) from None
                 yield line, text.removeprefix("\ufeff") if line == 1 else text
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}).") from None
+
+
+def _opened(path: Path) -> io.BufferedIOBase:
+    """The file's bytes, out of what they are compressed by."""
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path)
+        case ".zst":
+            return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
+    return path.open("rb")
+
+
+def parquet_column(path: Path, name: str) -> tuple[list[str], Iterator[pa.Array]]:
+    """The names of all columns, and a piece at a time the cells of one of them, which is there.
+
+    Raises ValueError, also as pieces are read, for what is no Parquet, and for text that is not
+    UTF-8.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+    except (OSError, pa.ArrowException) as error:
+        raise _not_parquet(path, error) from None
+    _check_header(names, str(path))
+    return names, _pieces(path, name)
+
+
+def _pieces(path: Path, name: str) -> Iterator[pa.Array]:
+    row = 0
+    try:
+        with pq.ParquetFile(path, **_A_PIECE_AT_A_TIME) as file:
+            for piece in file.iter_batches(_PIECE, columns=[name]):
+                cells = piece.column(0)
+                try:
+                    cells.validate(full=True)
+                except pa.ArrowInvalid:
+                    _raise_at_bad_row(path, name, cells, row)
+                yield cells
+                row += len(cells)
+    except (OSError, pa.ArrowException) as error:
+        raise _not_parquet(path, error) from None
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> tuple[list[str], pa.Table]:
@@ -146,12 +190,15 @@ def _check_header(names: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: the header names the column {twice[0]!r} twice.")
 
 
-def _raise_at_bad_row(path: Path, name: str, column: pa.ChunkedArray) -> NoReturn:
-    for row, cell in enumerate(column, 1):
+def _raise_at_bad_row(
+    path: Path, name: str, column: pa.ChunkedArray | pa.Array, before: int = 0
+) -> NoReturn:
+    """before: rows of the file that are not in the column."""
+    for row, cell in enumerate(column, before + 1):
         try:
             cell.as_py()
         except UnicodeDecodeError as error:
-            raise ValueError(_not_utf8(at(path, row), name, error)) from None
+            raise ValueError(not_utf8(at(path, row), name, error)) from None
     raise ValueError(f"{path}: the column {name!r} is damaged.")
 
 
@@ -170,12 +217,12 @@ def check_file(path: Path, suffixes: Sequence[str]) -> None:
 def suffix_of(path: Path) -> str:
     """The ending, in lower case, with what is compressed: ".csv", ".jsonl.gz"."""
     endings = [ending.lower() for ending in path.suffixes[-2:]]
-    return "".join(endings if endings[-1:] == [".gz"] else endings[-1:])
+    return "".join(endings if endings[-1:] in ([".gz"], [".zst"]) else endings[-1:])
 
 
 def unit(path: Path) -> str:
-    """What is counted in this file: "line", or "row" in Parquet."""
-    return "row" if suffix_of(path) == ".parquet" else "line"
+    """What is counted in this file: "line", or "row" in Parquet, "record" in ArrayRecord."""
+    return {".parquet": "row", ".arrayrecord": "record"}.get(suffix_of(path), "line")
 
 
 def at(path: Path, line: int) -> str:
@@ -194,6 +241,7 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _not_utf8(where: str, what: str, error: UnicodeDecodeError) -> str:
+def not_utf8(where: str, what: str, error: UnicodeDecodeError) -> str:
+    """The sentence for text that is not UTF-8. what: "line", or the name of a column."""
     byte = error.object[error.start]
     return f"{where}: byte {error.start + 1} of the {what} (0x{byte:02x}) is not UTF-8."

@@ -24,12 +24,13 @@ from etils import epath
 
 from mtllm_jax.config import MTLLM
 from mtllm_jax.data import packing, prepared
-from mtllm_jax.data.files import Texts
 from mtllm_jax.data.packing import Counts, Rows
 from mtllm_jax.data.pipeline import begin_worker
 from mtllm_jax.data.prepared import MANIFEST, Prepared, shard_name
+from mtllm_jax.data.texts import Texts
 from mtllm_jax.data.tokenise import Ids, SourceTokenizer, TargetTokenizer, encode_cut
 from mtllm_jax.runfolder import differing_fields, write_json
+from mtllm_jax.schema import to_dict
 
 _MOST_SHARDS = 1000
 _PROBES = ("Hello, world!", "naïve  café 3.14\t東京 Ωμέγα नमस्ते", "")
@@ -53,6 +54,7 @@ class Maker:
     subword_sampling: float
     samplings: int
     seed: int
+    mixture: tuple[float, ...] = ()  # weights of the texts' sources; () = by their sizes
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -105,7 +107,7 @@ class Maker:
         """The same with lengths in the ratio of the texts' tokens, judged by the first window."""
         longest = max(self.lengths.values())
         both = dataclasses.replace(self, source_length=longest, target_length=longest)
-        _, counts = both.window(next(_windows(_order(both, len(texts)), texts)))
+        _, counts = both.window(next(_windows(_order(both, texts), texts)))
         _check_some(counts)
         fitted = packing.fitting_lengths(counts.tokens, self.lengths)
         return dataclasses.replace(
@@ -118,6 +120,7 @@ class Maker:
         about = {name: getattr(self, name) for name in fields if name not in ("source", "target")}
         read = self.source.encode(_PROBES, self.english), self.target.encode(_PROBES)
         return about | {
+            "mixture": list(self.mixture),
             "source_tokenizer": _fingerprint(self.source, read[0]),
             "target_tokenizer": _fingerprint(self.target, read[1]),
             "pad_ids": self.pad_ids,
@@ -138,6 +141,7 @@ def maker_of(config: MTLLM, source: SourceTokenizer, target: TargetTokenizer, se
         subword_sampling=adaptation.subword_sampling,
         samplings=adaptation.samplings,
         seed=seed,
+        mixture=adaptation.mixture,
     )
 
 
@@ -147,9 +151,37 @@ def _fingerprint(tokenizer: SourceTokenizer | TargetTokenizer, ids: Ids) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-def _order(maker: Maker, num_texts: int) -> np.ndarray:
-    """The global order: the numbers of the texts, each as often as it is segmented."""
-    return np.random.default_rng(maker.seed).permutation(num_texts * maker.samplings) % num_texts
+def _order(maker: Maker, texts: AnyTexts) -> np.ndarray:
+    """The global order: the numbers of the texts, each as often as it is drawn."""
+    rng, num_texts = np.random.default_rng(maker.seed), len(texts)
+    if not maker.mixture or not isinstance(texts, Texts):
+        return rng.permutation(num_texts * maker.samplings) % num_texts
+    all_draws = draws_of(texts, maker.mixture, maker.samplings)
+    drawn, begin = [], 0
+    for size, draws in zip(texts.sizes, all_draws, strict=True):
+        rounds, rest = divmod(draws, size)
+        numbers = [np.tile(np.arange(size), rounds), rng.permutation(size)[:rest]]
+        drawn.append(begin + np.concatenate(numbers))
+        begin += size
+    return rng.permutation(np.concatenate(drawn))
+
+
+def draws_of(texts: Texts, mixture: Sequence[float], samplings: int) -> list[int]:
+    """How many texts are drawn of each source.
+
+    They are as many in all as without a mixture: the texts of all sources, times samplings. Each
+    source gives its weight's share of them, rounded so that the sum is exact. What is drawn of a
+    source are all its texts as often as that goes, and of what is left a random choice: no text of
+    it is drawn more than once more than another.
+    """
+    total = len(texts) * samplings
+    if not mixture:
+        return [size * samplings for size in texts.sizes]
+    exact = np.array(mixture) / sum(mixture) * total
+    draws = np.floor(exact).astype(np.int64)
+    most_cut = np.argsort(draws - exact, kind="stable")
+    draws[most_cut[: total - draws.sum()]] += 1
+    return draws.tolist()
 
 
 def _windows(
@@ -169,7 +201,7 @@ def make_rows(maker: Maker, texts: AnyTexts) -> Rows:
     """The rows of all texts, in memory. ValueError where no text holds anything."""
     records: list[bytes] = []
     counts = Counts()
-    for window in _windows(_order(maker, len(texts)), texts):
+    for window in _windows(_order(maker, texts), texts):
         made, counted = maker.window(window)
         records += made
         counts += counted
@@ -199,9 +231,10 @@ def prepare(
     Raises ValueError for a folder of something else, or of other rows.
     """
     path = Path(folder)
-    order = _order(maker, len(texts))
+    order = _order(maker, texts)
     num_windows = len(packing.windows(len(order)))
-    manifest = _begun(path, {"texts": _described(texts), **maker.describe()}, num_windows)
+    made_from = {"texts": [to_dict(read) for read in texts.reads], **maker.describe()}
+    manifest = _begun(path, made_from, num_windows)
     shards = manifest["shards"]
     files = [path / shard_name(i, len(shards)) for i in range(len(shards))]
     for i, file in enumerate(files):
@@ -227,13 +260,6 @@ def prepare(
     for leftover in (*path.glob(".*.unfinished"), *map(prepared.note_of, files)):
         leftover.unlink(missing_ok=True)
     return Prepared(path)
-
-
-def _described(texts: Texts) -> list[dict[str, Any]]:
-    return [
-        {"file": file.name, "bytes": file.stat().st_size, "sha256": prepared.sha256(file)}
-        for file in texts.files
-    ]
 
 
 def _begun(path: Path, made_from: dict[str, Any], num_windows: int) -> dict[str, Any]:

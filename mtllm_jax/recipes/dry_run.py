@@ -17,6 +17,7 @@ import numpy as np
 from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM, TextSizes
 from mtllm_jax.data.prepared import Prepared
+from mtllm_jax.data.texts import Texts
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.inputs import Inputs
@@ -49,7 +50,7 @@ def dry_run(inputs: Inputs, console: Console) -> None:
     config = inputs.config
     small = reduced(config)
     if inputs.adaptation_text is not None and not isinstance(inputs.adaptation_text, Prepared):
-        texts = inputs.adaptation_text[: _SIZES.adaptation]
+        texts = inputs.adaptation_text.first(_SIZES.adaptation)
         inputs = dataclasses.replace(inputs, adaptation_text=texts)
     if inputs.task is not None:
         rows = first_of_each("label", inputs.task.train, _ROWS_PER_LABEL)
@@ -123,10 +124,10 @@ def first_of_each(field: str, rows: Iterable[Row], count: int) -> list[Row]:
 
 
 def _show_stage_1(
-    config: MTLLM, parts: stacking.Parts, english: Sequence[str] | Prepared, console: Console
+    config: MTLLM, parts: stacking.Parts, english: Texts | Prepared, console: Console
 ) -> None:
     """One packed row of English text, on both sides, and its first texts as pieces."""
-    texts = english if isinstance(english, Prepared) else english[:200]
+    texts = english if isinstance(english, Prepared) else english.first(200)
     rows = stacking.adaptation_rows(config, parts, texts, config.seed)
     console.print("\nStage 1, the first row of English text", style="bold")
     for side, tokenizer in (("source", parts.source), ("target", parts.target)):

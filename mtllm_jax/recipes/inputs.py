@@ -20,9 +20,9 @@ from mtllm_jax.data.benchmarks import (
     read_own,
     source_language,
 )
-from mtllm_jax.data.files import Texts, read_texts
-from mtllm_jax.data.prepare import maker_of
-from mtllm_jax.data.prepared import Prepared, is_prepared
+from mtllm_jax.data.prepare import draws_of, maker_of
+from mtllm_jax.data.prepared import Prepared, holds_rows, is_prepared
+from mtllm_jax.data.texts import Texts, read_texts
 from mtllm_jax.data.tokenise import (
     NllbTokenizer,
     SourceTokenizer,
@@ -80,7 +80,7 @@ class Inputs:
     revisions: Mapping[str, str]
     mesh: jax.sharding.Mesh
     task: Task | None
-    adaptation_text: Sequence[str] | Prepared | None
+    adaptation_text: Texts | Prepared | None
 
 
 def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
@@ -299,13 +299,14 @@ def _check_sources(config: MTLLM) -> None:
     for field, given, own, what in (
         ("encoder", config.encoder, config.mini_nllb, "the Hugging Face folder of an encoder"),
         ("llm", config.llm, config.mini_llama, "the Hugging Face folder of an LLM"),
-        ("adaptation_text", adaptation, config.text, "a file of English texts"),
+        ("adaptation_text", adaptation, config.text, "sources of English text"),
         ("task.train", config.task.given, config.text, "a file of labelled English texts"),
     ):
         if not given and own is None:
+            empty = () if field == "adaptation_text" else ""
             raise ValueError(
-                f"config.{field} is ''; the settings {config.name} are for real models and data,"
-                f" so it must name {what}."
+                f"config.{field} is {empty!r}; the settings {config.name} are for real models and"
+                f" data, so it must name {what}."
             )
     start = config.lora.start if config.trained == "lora" else ""
     for field, value in (("llm_adapters", config.llm_adapters), ("lora.start", start)):
@@ -427,34 +428,48 @@ def _check_vocabulary(folder: str, num_tokens: int, num_rows: int) -> None:
 
 
 def unseen_texts(config: MTLLM, task: Task | None) -> tuple[Texts, str]:
-    """The texts of config.adaptation_text that are none of the task's test texts, and a sentence
-    on how many are; "" without any."""
-    with naming("adaptation_text"):
-        texts = read_texts(config.adaptation_text)
-        kept = texts if task is None else texts.without(task.test_texts)
-        if not len(kept):
+    """The texts of config.adaptation_text that are none of the task's test texts, and sentences on
+    how many are, and on how several sources are mixed; "" for neither."""
+    for source in config.adaptation_text:
+        if holds_rows(source):
             raise ValueError(
-                f"{config.adaptation_text} holds no text that is not one of the test's"
+                f"config.adaptation_text: {source} holds prepared rows, which cannot be mixed with"
+                " other sources; prepare them together."
             )
-    if not (left_out := len(texts) - len(kept)):
-        return kept, ""
-    return kept, f"{left_out} of {len(texts)} texts are left out of stage 1: they are the test's."
+    with naming("adaptation_text"):
+        unwanted = set() if task is None else task.test_texts
+        texts = read_texts(*config.adaptation_text, unwanted=unwanted)
+    notes = []
+    if left_out := texts.dropped:
+        notes.append(
+            f"{left_out} of {len(texts) + left_out} texts are left out of stage 1: they are the"
+            " test's."
+        )
+    if len(texts.reads) > 1:
+        adaptation = config.adaptation
+        draws = draws_of(texts, adaptation.mixture, adaptation.samplings)
+        told = (
+            f"{read.name} {drawn / sum(draws):.1%} ({drawn} drawn of {read.texts})"
+            for read, drawn in zip(texts.reads, draws, strict=True)
+        )
+        notes.append(f"Texts of stage 1: {', '.join(told)}.")
+    return texts, " ".join(notes)
 
 
 def _read_adaptation_text(
     config: MTLLM, source: SourceTokenizer | None, task: Task | None
-) -> tuple[Sequence[str] | Prepared, str]:
+) -> tuple[Texts | Prepared, str]:
     """As `unseen_texts`; rows that were prepared are what they are."""
-    if not is_prepared(config.adaptation_text):
-        texts, note = unseen_texts(config, task)
-        return [texts[i] for i in range(len(texts))], note
+    folder = config.adaptation_text[0]
+    if len(config.adaptation_text) > 1 or not is_prepared(folder):
+        return unseen_texts(config, task)
     with naming("adaptation_text"):
         if source is None or not config.llm:
             raise ValueError(
-                f"{config.adaptation_text} holds prepared rows, which take config.encoder and"
+                f"{folder} holds prepared rows, which take config.encoder and"
                 " config.llm with the tokenizers that they were prepared with"
             )
-        prepared = Prepared(config.adaptation_text)
+        prepared = Prepared(folder)
         target = TargetTokenizer(local_files(config.llm))
         prepared.check(maker_of(config, source, target, seed=0).describe())
     return prepared, ""

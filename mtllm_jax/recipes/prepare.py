@@ -25,13 +25,15 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     if is_remote(to):
         raise ValueError(f"--to={to} is remote; it must be a local folder, to be copied from.")
     for field in ("encoder", "llm", "adaptation_text"):
-        if not getattr(config, field):
-            raise ValueError(f"config.{field} is ''; text is prepared for models that are there.")
-    if holds_rows(config.adaptation_text):
-        raise ValueError(
-            f"config.adaptation_text: {config.adaptation_text} is prepared already; give it to"
-            " launch/train.py."
-        )
+        if not (value := getattr(config, field)):
+            raise ValueError(
+                f"config.{field} is {value!r}; text is prepared for models that are there."
+            )
+    for text in config.adaptation_text:
+        if holds_rows(text):
+            raise ValueError(
+                f"config.adaptation_text: {text} is prepared already; give it to launch/train.py."
+            )
     if fit_lengths and not config.adaptation.training.packing:
         raise ValueError(
             "--fit_lengths has no effect with config.adaptation.training.packing False, where a row"

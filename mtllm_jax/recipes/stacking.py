@@ -24,6 +24,7 @@ from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import Batch, add_by_example
 from mtllm_jax.data.prepare import make_rows, maker_of
 from mtllm_jax.data.prepared import Prepared
+from mtllm_jax.data.texts import Texts
 from mtllm_jax.data.tokenise import (
     Marked,
     SourceTokenizer,
@@ -238,18 +239,14 @@ def adaptation_objective(
     return objective
 
 
-def adaptation_rows(
-    config: MTLLM, parts: Parts, english: Sequence[str] | Prepared, seed: int
-) -> Rows:
+def adaptation_rows(config: MTLLM, parts: Parts, english: Texts | Prepared, seed: int) -> Rows:
     """English texts as both sides tokenise them, packed here or before."""
     if isinstance(english, Prepared):
         return english.rows()
     return make_rows(maker_of(config, parts.source, parts.target, seed), english)
 
 
-def general_adaptation(
-    job: Job[MTLLM], parts: Parts, english: Sequence[str] | Prepared
-) -> nnx.State:
+def general_adaptation(job: Job[MTLLM], parts: Parts, english: Texts | Prepared) -> nnx.State:
     """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained, or
     of 0 steps what would have been."""
     config, seed = job.config, job.stage_seed("adaptation")

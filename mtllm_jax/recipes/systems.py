@@ -23,6 +23,7 @@ from mtllm_jax.config import MTLLM
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
 from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.prepared import Prepared
+from mtllm_jax.data.texts import Texts, texts_of
 from mtllm_jax.data.tokenise import Marked, translation_tokenizer
 from mtllm_jax.decode import translate
 from mtllm_jax.evaluation import Predict, System
@@ -60,7 +61,7 @@ class Made:
     translator_folder: str | None  # of what translate-test translates with
     parts: stacking.Parts
     task: Task
-    english: Sequence[str] | Prepared | None  # texts of stage 1; None where it was done before
+    english: Texts | Prepared | None  # texts of stage 1; None where it was done before
     tuned: Mapping[int, Tuned]  # by seed
 
 
@@ -71,7 +72,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     task = inputs.task or embedded_task(text(), config.evaluation.split)
     english = inputs.adaptation_text
     if english is None and not config.stage1:
-        english = [row["text"] for row in text()["adaptation"]]
+        english = texts_of(row["text"] for row in text()["adaptation"])
     encoder_folder = config.encoder or mini_models.mini_nllb(job, text())
     llm_folder = config.llm or mini_models.mini_llama(job, text())
     translator_folder = config.translator or encoder_folder

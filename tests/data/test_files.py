@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtllm_jax.data.files import label_names, read_rows, read_texts
+from mtllm_jax.data.files import label_names, read_rows
+from mtllm_jax.data.texts import read_texts
 
 COLUMNS = {"text": str, "label": str, "language": str}
 LABELS = ("negative", "neutral", "positive")
@@ -300,8 +301,9 @@ def test_files_that_cannot_be_read(tmp_path):
         "ends in '.xlsx'; the kinds that are read: .jsonl, .jsonl.gz, .csv, .tsv, .parquet."
     )
     message = error(write(tmp_path, "r.txt.gz", GOOD), read=read_texts)
-    assert (
-        message == "ends in '.txt.gz'; the kinds that are read: .txt, .jsonl, .jsonl.gz, .parquet."
+    assert message == (
+        "ends in '.txt.gz'; the kinds that are read: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet,"
+        " .arrayrecord."
     )
     assert error(write(tmp_path, "r.jsonl.gz", GOOD)).startswith("cannot be read (Not a gzipped")
     cut = gzip.compress(JSON_ROW.encode() * 100)[:-20]
@@ -366,8 +368,8 @@ def test_folders_and_globs_in_sorted_order(tmp_path):
     assert list(read_texts(tmp_path / "web")) == wanted
     assert list(read_texts(f"{tmp_path}/web/**/*.parquet")) == wanted
     assert list(read_texts(f"{tmp_path}/web/b/?.parquet")) == ["b/2.parquet"]
-    files = read_texts(tmp_path / "web").files
-    assert [str(file.relative_to(tmp_path / "web")) for file in files] == wanted
+    (read,) = read_texts(tmp_path / "web").reads
+    assert (read.name, read.files) == ("web", ("9.parquet", "10.parquet", "2.parquet"))
 
     # A name that holds a glob's sign, and is there, is that file.
     assert list(read_texts(write(tmp_path, "a[1].txt", "x\n"))) == ["x"]

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,11 +20,11 @@ from babel import Locale
 from mtllm_jax.cli import load_config
 from mtllm_jax.config import MTLLM
 from mtllm_jax.data import packing
-from mtllm_jax.data.files import read_texts
 from mtllm_jax.data.packing import Counts
 from mtllm_jax.data.pipeline import batches
 from mtllm_jax.data.prepare import Maker, make_rows, prepare
 from mtllm_jax.data.prepared import Prepared, is_prepared
+from mtllm_jax.data.texts import read_texts
 from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
 from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tokenizer
 from mtllm_jax.metrics import Console
@@ -193,7 +194,7 @@ def test_batches_of_prepared_rows_by_workers(tmp_path, maker, texts):
 _SCRIPT = """
 import dataclasses, sys, time
 from mtllm_jax.data import packing
-from mtllm_jax.data.files import read_texts
+from mtllm_jax.data.texts import read_texts
 from mtllm_jax.data.prepare import Maker, prepare
 from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
 root, to = sys.argv[1:]
@@ -408,7 +409,7 @@ def config_of(folder, **changes):
     training = values["adaptation"]["training"]
     training |= {"source_length": 48, "target_length": 40}
     values |= {"encoder": str(folder / "encoder"), "llm": str(folder / "llm")}
-    values |= {"adaptation_text": str(folder / "texts.txt")}
+    values |= {"adaptation_text": (str(folder / "texts.txt"),)}
     for name, value in changes.items():
         *groups, last = name.split("__")
         group = values
@@ -438,7 +439,7 @@ def prepared_folder(folder, tmp_path_factory):
 def test_a_run_takes_the_folder_in_place_of_the_text(folder, prepared_folder):
     to, said = prepared_folder
     assert "120/120 texts" in said and f"Train on it with --config.adaptation_text={to}\n" in said
-    prepared = read_at_the_door(config_of(folder, adaptation_text=str(to), seed=3))
+    prepared = read_at_the_door(config_of(folder, adaptation_text=(str(to),), seed=3))
     assert isinstance(prepared, Prepared) and len(prepared.rows()) == prepared.counts.rows
 
 
@@ -473,7 +474,7 @@ def test_fitted_lengths_come_with_the_flags_that_take_them(folder, tmp_path):
 def test_rows_that_do_not_fit_the_config_are_refused(folder, prepared_folder, changes, message):
     to, _ = prepared_folder
     with pytest.raises(ValueError, match=r"^config\.adaptation_text: .*\.$") as raised:
-        read_at_the_door(config_of(folder, adaptation_text=str(to), **changes))
+        read_at_the_door(config_of(folder, adaptation_text=(str(to),), **changes))
     assert message in str(raised.value)
 
 
@@ -487,20 +488,21 @@ def test_rows_of_another_tokenizer_are_refused(folder, prepared_folder, tmp_path
         train_llama_tokenizer(NAMES, 380, tmp_path)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=rf"with another tokenizer than that of config\.{side};"):
-        read_at_the_door(config_of(folder, adaptation_text=str(to), **{side: str(tmp_path)}))
+        read_at_the_door(config_of(folder, adaptation_text=(str(to),), **{side: str(tmp_path)}))
 
 
 @pytest.mark.parametrize("field", ["encoder", "llm", "adaptation_text"])
 def test_prepare_needs_models_and_text(folder, tmp_path, field):
-    with pytest.raises(ValueError, match=rf"config\.{field} is ''"):
-        run_recipe(config_of(folder, **{field: ""}), tmp_path)
+    empty = () if field == "adaptation_text" else ""
+    with pytest.raises(ValueError, match=re.escape(f"config.{field} is {empty!r}")):
+        run_recipe(config_of(folder, **{field: empty}), tmp_path)
 
 
 def test_prepared_rows_are_not_prepared_again(folder, prepared_folder, tmp_path):
     to, _ = prepared_folder
     said = rf"^config\.adaptation_text: {to} is prepared already; give it to launch/train\.py\.$"
     with pytest.raises(ValueError, match=said):
-        run_recipe(config_of(folder, adaptation_text=str(to)), tmp_path / "rows")
+        run_recipe(config_of(folder, adaptation_text=(str(to),)), tmp_path / "rows")
     assert not (tmp_path / "rows").exists()
 
 
@@ -508,7 +510,7 @@ def test_a_manifest_beside_text_is_no_matter(folder, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "manifest.json").write_text("{}")
     (tmp_path / "texts" / "a.txt").write_text("Norway and Sweden\n")
-    run_recipe(config_of(folder, adaptation_text=str(tmp_path / "texts")), tmp_path / "rows")
+    run_recipe(config_of(folder, adaptation_text=(str(tmp_path / "texts"),)), tmp_path / "rows")
     assert len(Prepared(tmp_path / "rows").rows()) == 1
 
 
