@@ -54,13 +54,15 @@ def tracked_files() -> list[Path]:
 def test_every_import_is_declared():
     base = requirements(setup_cfg()["options"]["install_requires"])
     # Exported stacks are shipped with the files in torch_code, which run in PyTorch; quantised.py
-    # imports what only frozen weights in int8 ask for, watch.py what flags do.
+    # imports what only frozen weights in int8 ask for, watch.py what flags do, sources.py what the
+    # name of a text does.
     extras = {
         name: requirements(setup_cfg()["options.extras_require"][extra])
         for name, extra in (
             ("torch_code", "torch"),
             ("quantised.py", "int8"),
             ("watch.py", "watch"),
+            ("sources.py", "datasets"),
         )
     }
     providers = importlib.metadata.packages_distributions()
