@@ -66,6 +66,19 @@ class Training:
     keep_last: int = 2  # checkpoints that are kept, the newest
     keep_every: int = 0  # steps whose multiples' checkpoints are kept for good; 0 = none are
     workers: int = 0  # processes that read rows, in each that trains; 0 = threads of it
+    evaluate_every: int = 0  # steps, and at the end, on English development data; 0 = never
+    # The weights that the stage ends with: the last; those of the best evaluation, by accuracy and
+    # then by loss; or the mean of those at the last checkpoints.
+    chosen: Literal["last", "best", "average"] = "last"
+    averaged: int = 5  # checkpoints that "average" is the mean of; each is one more copy held
+    patience: int = (
+        0  # evaluations in a row, none the best so far, that training ends after; 0 = off
+    )
+
+    @property
+    def copies(self) -> int:
+        """Of the weights, that are held beside those in training for the choice among them."""
+        return {"last": 0, "best": 1, "average": self.averaged}[self.chosen]
 
     def check(self, where: str, sides: tuple[str, ...]) -> None:
         """Raise ValueError for what cannot be; `sides` are those that the stage reads."""
@@ -89,6 +102,17 @@ class Training:
             f"0 (none) or a multiple of checkpoint_every, {self.checkpoint_every}",
         )
         require(self.workers >= 0, f"{where}.workers", self.workers, "0 (threads) or above")
+        require(self.averaged >= 1, f"{where}.averaged", self.averaged, "at least 1")
+        every = self.evaluate_every
+        require(every >= 0, f"{where}.evaluate_every", every, "0 (never) or above")
+        require(self.patience >= 0, f"{where}.patience", self.patience, "0 (off) or above")
+        for name, looks in (("chosen", self.chosen == "best"), ("patience", self.patience > 0)):
+            require(
+                not looks or every > 0,
+                f"{where}.evaluate_every",
+                every,
+                f"at least 1 where {where}.{name} is {getattr(self, name)!r}",
+            )
         require(
             self.batch_rows % self.accumulation == 0,
             f"{where}.accumulation",
@@ -245,6 +269,7 @@ class Adaptation:
     # Of config.adaptation_text's sources: how many of the texts that are drawn are of each, in
     # proportion; () = every text is drawn once.
     mixture: tuple[float, ...] = ()
+    dev_texts: int = 500  # held out of the English text, where training.evaluate_every is not 0
 
     def check(self) -> None:
         self.objective.check("adaptation.objective")
@@ -254,6 +279,7 @@ class Adaptation:
         require(self.samplings >= 1, "adaptation.samplings", self.samplings, "at least 1")
         weights = self.mixture
         require(all(w > 0 for w in weights), "adaptation.mixture", weights, "weights above 0")
+        require(self.dev_texts >= 1, "adaptation.dev_texts", self.dev_texts, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -296,6 +322,7 @@ class TaskSource:
     translations: str = ""  # folder of published translations, for translate-test to read
     train: str = ""  # own English training rows
     test: str = ""  # own rows to evaluate on
+    dev: str = ""  # own English rows, where a stage of the task has evaluate_every above 0
     languages: tuple[str, ...] = ()  # FLORES-200 codes that are evaluated; () = all that there are
     limit: int = 0  # test rows of each language, labels in proportion; 0 = all
     name: str = ""  # in tables and the report; "" = the benchmark's, or the training file's name
@@ -328,6 +355,12 @@ class TaskSource:
             value = getattr(self, field)
             allowed = "empty where task.benchmark names none"
             require(bool(self.benchmark) or not value, f"task.{field}", value, allowed)
+        require(
+            bool(self.train) or not self.dev,
+            "task.dev",
+            self.dev,
+            "empty where task.train is, as benchmarks bring their own",
+        )
         require(self.limit >= 0, "task.limit", self.limit, "0 (all rows) or above")
 
 
@@ -448,6 +481,15 @@ class MTLLM:
                 group.check()
         for where, training in self.stages().items():
             training.check(where, SIDES[where])
+            if where.startswith("mini_"):
+                every, none = training.evaluate_every, "0: there is no development data for it"
+                require(every == 0, f"{where}.evaluate_every", every, none)
+        if self.evaluates_task:
+            where = "where a stage of the task has evaluate_every above 0"
+            file = f"a file of labelled English rows {where}"
+            require(bool(self.task.dev or not self.task.train), "task.dev", self.task.dev, file)
+            split, other = self.evaluation.split, f"'test' {where}, as dev decides"
+            require(self.task.given or split == "test", "evaluation.split", split, other)
         sizes = dataclasses.asdict(self.mesh)
         require(self.mesh.slices >= 1, "mesh.slices", self.mesh.slices, "at least 1")
         require(
@@ -474,6 +516,12 @@ class MTLLM:
     def task_seeds(self) -> tuple[int, ...]:
         """The seeds that the task is trained with; results are means over them."""
         return self.seeds or (self.seed,)
+
+    @property
+    def evaluates_task(self) -> bool:
+        """Whether a stage of the task asks for the task's English development rows."""
+        stages = (self.teacher, self.distillation.training, self.mt_encoder)
+        return any(training.evaluate_every for training in stages)
 
     def uses_embedded_text(self) -> bool:
         """Whether anything is trained or evaluated on the text that comes with this package."""

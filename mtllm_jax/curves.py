@@ -17,7 +17,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from mtllm_jax.metrics import number
 
 _MAX_POINTS = 200
-_COLUMNS = {"loss": "loss", "fvu": "FVU"}
+_COLUMNS = {
+    "loss": "loss",
+    "fvu": "FVU",
+    "dev_loss": "development loss",
+    "dev_fvu": "development FVU",
+    "dev_accuracy": "development accuracy",
+}
 # What is drawn in one of these takes the page's own colour of that name, in light and in dark.
 _PAGE_COLOURS = {"accent": "#0000a1", "soft": "#0000a2", "line": "#0000a3"}
 
@@ -27,13 +33,13 @@ class CurveFigure:
     """One curve of one stage."""
 
     stage: str
-    label: str  # loss or FVU
+    label: str  # of `_COLUMNS`
     last: str  # its last value
     svg: Markup
 
 
 def curve_figures(curves: Mapping[str, pd.DataFrame]) -> list[CurveFigure]:
-    """A figure for each stage's loss, and one for its FVU where it has one; NaN is left out."""
+    """A figure for each stage and each of `_COLUMNS` that it has; NaN is left out."""
     figures: list[CurveFigure] = []
     for stage, frame in curves.items():
         for column, label in _COLUMNS.items():

@@ -9,7 +9,7 @@ from etils import epath
 from mtllm_jax.runfolder import read_json, write_json
 
 # What a stage's time is spent on; all but the last is what steps wait for.
-KINDS = ("setup", "packing", "restore", "compile", "input", "save", "steps")
+KINDS = ("setup", "packing", "restore", "compile", "input", "save", "evaluation", "steps")
 FILE = "goodput.json"  # in the folder of a stage
 
 
@@ -55,9 +55,10 @@ def of_run(
     """Where the time of all stages went: seconds by kind, and "goodput", the share of steps.
 
     seconds: of each stage; trained: of those with steps, what lies in their files. Evaluation is
-    a stage and a kind of its own. What a stage does beside its training is "setup".
+    a stage of its own, whose time counts with the evaluations of the others. What a stage does
+    beside its training is "setup".
     """
-    sums = dict.fromkeys((*KINDS, "evaluation"), 0.0)
+    sums = dict.fromkeys(KINDS, 0.0)
     for stage, whole in seconds.items():
         told = {kind: trained.get(stage, {}).get(kind, 0.0) for kind in KINDS}
         for kind, spent in told.items():

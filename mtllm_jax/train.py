@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -20,6 +20,7 @@ from mtllm_jax.chips import chip_of
 from mtllm_jax.config import Training
 from mtllm_jax.data.packing import Rows
 from mtllm_jax.data.pipeline import Batch, batches
+from mtllm_jax.development import Choice, Data, Development
 from mtllm_jax.flops import Flops
 from mtllm_jax.goodput import FILE, Goodput, percentiles
 from mtllm_jax.interrupt import Interrupted, graceful_stop
@@ -28,10 +29,12 @@ from mtllm_jax.objectives import Terms
 from mtllm_jax.runfolder import StageFolder
 from mtllm_jax.watch import UNWATCHED, Sink, Watch
 
+_SHOWN = ("loss", "fvu", "accuracy", "dev_loss", "dev_fvu", "dev_accuracy")  # beside the bar
+
 STREAMS = ("source", "target")  # of a batch: what the encoder reads, what the LLM reads
 
-# (trainable, frozen, batch, key) → {"loss": (sum, count), …}
-Objective = Callable[[nnx.State, Any, dict[str, Array], Array], Terms]
+# (trainable, frozen, batch, key; None: without noise and dropout) → {"loss": (sum, count), …}
+Objective = Callable[[nnx.State, Any, dict[str, Array], Any], Terms]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -160,13 +163,15 @@ def fit(
     watch: Watch = UNWATCHED,
     add: Callable[[], Callable[[Batch], Batch]] | None = None,
     flops: Callable[[Any], Flops] | None = None,
+    dev: Callable[[], Data] | None = None,
 ) -> nnx.State:
-    """Train one stage to its last step, going on where an earlier start stopped.
+    """Train one stage to its last step, going on where an earlier start stopped, and return the
+    weights that `config.chosen` says.
 
     rows: makes the random-access source of packed rows (`data.packing`); add: then makes what gives
     a batch what it has beside. flops: of a step, given those rows; where it is there, and the
     device is one whose speed is known, model and hardware FLOPs utilisation are logged (padding
-    counts in the latter alone).
+    counts in the latter alone). dev: makes the development data, if the config evaluates on any.
     Where the stage was trained before, its weights are read back; of no steps, they are kept as
     they are. Raises Interrupted after saving
     when the process, or any of several, is asked to stop, FloatingPointError after ten skipped
@@ -219,6 +224,12 @@ def fit(
         donate_argnums=0,
         out_shardings=(sharding.shardings(state, mesh), None),
     )
+    choice = Choice(config, state.trainable, mesh)
+    development = None
+    if config.evaluate_every:
+        if dev is None:
+            raise ValueError(f"{title} has no development data; its evaluate_every must be 0.")
+        development = Development(dev(), config, objective, mesh)
     frozen_hash = tree_hash(frozen)
     with Checkpointer(
         stage.checkpoints,
@@ -227,11 +238,12 @@ def fit(
         warn=console.warn,
     ) as checkpointer:
         goodput.to("restore")
-        restored = checkpointer.restore(state, iterator, frozen_hash=frozen_hash)
+        restored = checkpointer.restore(choice.with_kept(state), iterator, frozen_hash=frozen_hash)
         goodput.to("setup")
         step = 0
         if restored is not None:
-            state, step = restored
+            saved, step = restored
+            state = choice.restored(saved)
             console.print(f"going on from step {step} of {config.steps}")
         used = None if flops is None else flops(source)
         log = _Log(stage, title, config, step, console, watch.sinks(stage.path, step), used)
@@ -244,7 +256,7 @@ def fit(
             contextlib.closing(iterator),
             contextlib.closing(profiler),
         ):
-            while step < config.steps:
+            while step < config.steps and not choice.stops:
                 goodput.to("input")
                 batch = sharding.place_batch(next(iterator), mesh, config.batch_rows)
                 if log.is_device_busy():
@@ -258,11 +270,22 @@ def fit(
                 profiler.after(step, terms)
                 log.add(step, terms, began, batch.get("example"))
                 last = step == config.steps
+                if development and (last or step % config.evaluate_every == 0):
+                    log.wait()
+                    goodput.to("evaluation")
+                    found = development(state.trainable, frozen)
+                    choice.evaluated(step, found, state.trainable)
+                    log.add_evaluation(found)
+                    last = last or choice.stops
+                due = last or step % config.checkpoint_every == 0
+                if due:
+                    choice.at_checkpoint(state.trainable)
                 asked = ballot(stop.signum if stop.requested else 0)
-                if asked or last or step % config.checkpoint_every == 0:
+                if asked or due:
                     log.flush(sync=True)
                     goodput.to("save")
-                    checkpointer.save(step, state, iterator, frozen_hash=frozen_hash)
+                    saved = choice.with_kept(state)
+                    checkpointer.save(step, saved, iterator, frozen_hash=frozen_hash)
                     goodput.write()
                     log.add_to_next(goodput=goodput.share, **log.percentiles("seconds_"))
                 if asked and not last:
@@ -270,18 +293,27 @@ def fit(
                     goodput.write()
                     stop.signum = asked
                     raise Interrupted(f"{title}, step {step} of {config.steps}; saved.")
+    if choice.stops:
+        console.print(
+            f"stopped at step {step} of {config.steps}: none of {choice.since} evaluations in a row"
+            " was the best so far"
+        )
+    weights = choice.weights(state.trainable)
     goodput.to("save")
-    save_params(params_folder, state.trainable)
+    save_params(params_folder, weights)
     goodput.write()
-    stage.notes |= {"goodput": round(goodput.share, 4), "step_seconds": log.percentiles()}
+    stage.notes |= choice.notes() | {
+        "goodput": round(goodput.share, 4),
+        "step_seconds": log.percentiles(),
+    }
     if distributed.is_first():
         stage.notes["skipped"] = skipped = skipped_steps(stage, step)
         if skipped:
             console.warn(
-                f"{skipped} of {config.steps} steps were skipped, as their gradients were not"
+                f"{skipped} of {step} steps were skipped, as their gradients were not"
                 " finite or their batches empty."
             )
-    return state.trainable
+    return weights
 
 
 def skipped_steps(stage: StageFolder, last: int) -> int:
@@ -328,8 +360,10 @@ class _Log:
         self._progress = console.progress(config.steps, title, done=step)
         self._pending: tuple[int, Terms, float] | None = None  # and when its dispatch began
         self._ended: float | None = None  # when the step before did; None: there was none
+        self._waited: float | None = None  # when the pending one did, if that is known
         self._seconds: list[float] = []
         self._beside: dict[str, float] = {}
+        self._evaluation: dict[str, float] = {}  # the last one
         self._skipped_in_a_row = 0
         self._examples: Array | None = None  # of the pending step
 
@@ -355,7 +389,18 @@ class _Log:
 
     def add_to_next(self, **values: float) -> None:
         """Have these stand among the metrics of the next step that is written down."""
-        self._beside = values
+        self._beside |= values
+
+    def add_evaluation(self, found: Mapping[str, float]) -> None:
+        """Have these stand among the metrics of the pending step, as those of development data."""
+        self._evaluation = {f"dev_{name}": value for name, value in found.items()}
+        self.add_to_next(**self._evaluation)
+
+    def wait(self) -> None:
+        """Wait for the pending step: what happens next takes none of its time."""
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])
+            self._waited = time.monotonic()
 
     def add(self, step: int, terms: Terms, began: float, examples_BN: Array | None) -> None:
         """Take in the metrics of a step just dispatched; write down those of the one before.
@@ -391,7 +436,8 @@ class _Log:
             self._writer.write(step, values)
         for sink in self._sinks:
             sink.write(step, values)
-        shown = {name: values[name] for name in ("loss", "fvu", "accuracy") if name in values}
+        seen = self._evaluation | values
+        shown = {name: seen[name] for name in _SHOWN if name in seen}
         self._progress.update(step, **shown)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["skipped"] else 0
         if self._skipped_in_a_row == self._MOST_SKIPPED:
@@ -404,7 +450,8 @@ class _Log:
     def _speed(self, sums: Terms, began: float) -> dict[str, float]:
         """Seconds and rates of the step that has just ended; of a start's first, which compiles,
         none."""
-        before, self._ended = self._ended, time.monotonic()
+        before, self._ended = self._ended, self._waited or time.monotonic()
+        self._waited = None
         if before is None:
             return {}
         seconds = self._ended - max(began, before)

@@ -42,7 +42,8 @@ def squared_error(trainable, frozen, batch, key):
     errors = jnp.sum(jnp.square(y - batch["y"]), axis=1)
     valid = batch["example"][:, 0] > 0
     count = jnp.sum(valid.astype(jnp.float32))
-    return {"loss": (jnp.sum(errors * valid), count), "noise": (jax.random.normal(key), count)}
+    noise = 0.0 if key is None else jax.random.normal(key)
+    return {"loss": (jnp.sum(errors * valid), count), "noise": (noise, count)}
 
 
 def a_batch(seed=0, valid=None):
@@ -95,9 +96,11 @@ def run_fit(
     rows=None,
     config=TRAINING,
     add=None,
+    dev=None,
+    mesh=None,
     **changes,
 ):
-    """`fit` on one device, with these changes to its config. (result, what was said)"""
+    """`fit` on one device, or a mesh, with these changes to its config. (result, what was said)"""
     arrays = a_batch() | {"row": np.arange(ROWS, dtype=np.int32)}
     source = [{name: array[i] for name, array in arrays.items()} for i in range(ROWS)]
     said = io.StringIO()
@@ -109,9 +112,10 @@ def run_fit(
         trainable=trainable,
         frozen=frozen,
         rows=rows or (lambda: source),
-        mesh=sharding.make_mesh(Mesh(), jax.devices()[:1]),
+        mesh=mesh or sharding.make_mesh(Mesh(), jax.devices()[:1]),
         seed=3,
         console=Console(said),
         add=None if add is None else lambda: add,
+        dev=None if dev is None else lambda: (dev, None),
     )
     return result, said.getvalue()

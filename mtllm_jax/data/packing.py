@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,19 @@ def in_memory(
 def most_texts(records: Sequence[bytes]) -> int:
     """Texts in the record that holds most."""
     return max((int(np.frombuffer(record, _INT, 1)[0]) for record in records), default=0)
+
+
+def counts_of(records: Sequence[bytes], streams: Collection[str]) -> Counts:
+    """What records hold, as far as they tell."""
+    texts, tokens = 0, np.zeros(len(streams), np.int64)
+    for record in records:
+        numbers = np.frombuffer(record, _INT)
+        num_texts = int(numbers[0])
+        sizes = numbers[1 + num_texts :][: num_texts * len(streams)]
+        texts += num_texts
+        tokens += sizes.reshape(len(streams), num_texts).sum(1)
+    by_stream = dict(zip(streams, tokens.tolist(), strict=True))
+    return Counts(texts=texts, rows=len(records), tokens=by_stream)
 
 
 def windows(num_texts: int) -> list[range]:

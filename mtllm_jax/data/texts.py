@@ -74,6 +74,14 @@ class Texts(Sequence[str]):
         chunks = [chunk for part in parts for chunk in part.chunks]
         return Texts(pa.chunked_array(chunks, pa.large_string()), sizes, self.reads)
 
+    def without(self, unwanted: Collection[str]) -> "Texts":
+        """Those that are, blanks around them aside, none of these."""
+        values = pa.array([text.strip() for text in unwanted], pa.large_string())
+        trimmed = pc.utf8_trim_whitespace(self._column)
+        kept_N = pc.invert(pc.is_in(trimmed, value_set=values)).to_numpy()
+        parts = np.split(kept_N, np.cumsum(self.sizes)[:-1])
+        return Texts(self._column.filter(kept_N), [int(part.sum()) for part in parts], self.reads)
+
 
 def read_texts(*sources: str | Path, unwanted: Collection[str] = ()) -> Texts:
     """All texts of the sources but those that are, blanks around them aside, unwanted.

@@ -132,7 +132,7 @@ class _Layout:
         gradients = trainable * (1 if self.times == 1 else 2)
         return Memory(
             frozen=self.bytes_of(self.step.frozen),
-            trainable=trainable,
+            trainable=trainable * (1 + self.training.copies),
             optimizer=self.bytes_of(state.opt_state),
             activations=self.saved() + self.working() + gradients,
         )

@@ -35,7 +35,8 @@ _SIZES = TextSizes(
     english=3000,
     adaptation=1000,
 )
-_ROWS_PER_LABEL = 100  # of a task's training rows
+_ROWS_PER_LABEL = 100  # of a task's training rows, and of its development rows
+_DEV_TEXTS = 100  # of stage 1
 _ROWS_PER_LANGUAGE = 100  # tokenised, to count what the vocabularies lack
 _ANSWERED_PER_LANGUAGE = 2  # by each system
 _SHOWN_TEXTS = 3
@@ -54,7 +55,9 @@ def dry_run(inputs: Inputs, console: Console) -> None:
         inputs = dataclasses.replace(inputs, adaptation_text=texts)
     if inputs.task is not None:
         rows = first_of_each("label", inputs.task.train, _ROWS_PER_LABEL)
-        inputs = dataclasses.replace(inputs, task=dataclasses.replace(inputs.task, train=rows))
+        dev = first_of_each("label", inputs.task.dev, _ROWS_PER_LABEL)
+        task = dataclasses.replace(inputs.task, train=rows, dev=dev)
+        inputs = dataclasses.replace(inputs, task=task)
     with _passing_folder() as path:
         job = Job(small, RunFolder(path, to_dict(small)), console, inputs.mesh, small.seed)
         made = train(job, inputs)
@@ -95,6 +98,8 @@ def reduced(config: MTLLM) -> MTLLM:
                 changes["steps"] = min(value, 1)
             elif field.name == "samplings":
                 changes["samplings"] = 1
+            elif field.name == "dev_texts":
+                changes["dev_texts"] = min(value, _DEV_TEXTS)
             elif dataclasses.is_dataclass(value):
                 changes[field.name] = one_step(value)
         return dataclasses.replace(group, **changes)  # type: ignore[type-var]

@@ -142,6 +142,8 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     text, note = None, ""
     if config.adaptation_text:
         text, note = _read_adaptation_text(config, source, task)
+    if config.adaptation.training.evaluate_every and not config.stage1:
+        _check_held_out(config, text)
     if task is not None and note:
         task = dataclasses.replace(task, notes=(*task.notes, note))
     return Inputs(config=config, revisions=revisions, mesh=mesh, task=task, adaptation_text=text)
@@ -204,13 +206,14 @@ def read_task(config: MTLLM, readable: Sequence[str]) -> Task:
                 english=english,
                 english_path=source.english_data or None,
                 translations=source.translations or None,
-                splits=("train", "test"),
+                splits=("train", "dev", "test") if config.evaluates_task else ("train", "test"),
                 limit=source.limit or None,
             )
         else:
             read = read_own(
                 source.train,
                 source.test,
+                dev=source.dev if config.evaluates_task else "",
                 name=source.name,
                 english=english,
                 readable=[*readable, *(c for c in STAND_INS if STAND_INS[c] in readable)],
@@ -222,7 +225,8 @@ def read_task(config: MTLLM, readable: Sequence[str]) -> Task:
     kept = {(row["language"], row["id"]) for row in test}
     translated = [row for row in read.translated if (row["language"], row["id"]) in kept]
     name = source.name or read.name
-    return Task(name, read.labels, read.train, {"test": test}, translated, (*read.notes, *notes))
+    tests, notes = {"test": test}, [*read.notes, *notes]
+    return Task(name, read.labels, read.train, tests, translated, tuple(notes), read.dev)
 
 
 def _readable_rows(
@@ -273,6 +277,14 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
         reasons |= dict.fromkeys(("adaptation", "lora.start"), "config.stage1 brings its stage 1")
     elif not config.adaptation.training.steps:
         reasons |= dict.fromkeys(_ADAPTING, "stage 1 is left out, of 0 steps")
+    stages = {f"{where}.": training for where, training in config.stages().items()}
+    for where, training in stages.items():
+        if training.chosen != "average":
+            reasons[f"{where}averaged"] = f"config.{where}chosen is {training.chosen!r}"
+    if not config.adaptation.training.evaluate_every:
+        reasons["adaptation.dev_texts"] = "config.adaptation.training.evaluate_every is 0"
+    if not config.evaluates_task:
+        reasons["task.dev"] = "no stage of the task has evaluate_every above 0"
     if config.trained == "all":
         reasons |= dict.fromkeys(("lora.targets", "lora.start"), "config.trained is 'all'")
     if config.trained == "bridge":
@@ -425,6 +437,20 @@ def _check_vocabulary(folder: str, num_tokens: int, num_rows: int) -> None:
         raise ValueError(
             f"{folder}: its tokenizer has {num_tokens} tokens and its model embeds {num_rows}"
         )
+
+
+def _check_held_out(config: MTLLM, text: Texts | Prepared | None) -> None:
+    """What stage 1 is evaluated on is left out of what it trains on, which is to be the most."""
+    if isinstance(text, Prepared):
+        samplings = config.adaptation.samplings
+        once = "1 where prepared rows are evaluated on: others would hold the same texts"
+        require(samplings == 1, "adaptation.samplings", samplings, once)
+        there = text.counts.texts - text.counts.dropped
+    else:
+        there = len(text) if text is not None else config.text.adaptation if config.text else 0
+    count = config.adaptation.dev_texts
+    half = f"at most half of the {there} English texts"
+    require(2 * count <= there, "adaptation.dev_texts", count, half)
 
 
 def unseen_texts(config: MTLLM, task: Task | None) -> tuple[Texts, str]:

@@ -92,7 +92,7 @@ def _check_rows(folder: RunFolder, task: Task) -> None:
         "training": list(task.train),
         "test": {name: list(rows) for name, rows in task.tests.items()},
         "translated test": list(task.translated),
-    }
+    } | ({"development": list(task.dev)} if task.dev else {})
     digests = {
         kind: hashlib.sha256(json.dumps(given).encode()).hexdigest() for kind, given in rows.items()
     }

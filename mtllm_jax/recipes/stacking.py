@@ -20,6 +20,7 @@ from mtllm_jax import distributed
 from mtllm_jax.checkpoint import load_params, tree_hash
 from mtllm_jax.config import MTLLM, Training
 from mtllm_jax.data.benchmarks import source_language
+from mtllm_jax.data.held_out import hold_out_rows, hold_out_texts
 from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import Batch, add_by_example
 from mtllm_jax.data.prepare import make_rows, maker_of
@@ -32,6 +33,7 @@ from mtllm_jax.data.tokenise import (
     encode_cut,
     source_tokenizer,
 )
+from mtllm_jax.development import Data
 from mtllm_jax.flops import Batch as FlopsBatch
 from mtllm_jax.flops import Flops, adaptation_flops
 from mtllm_jax.hf.encoder import Encoder, load_encoder
@@ -246,15 +248,32 @@ def adaptation_rows(config: MTLLM, parts: Parts, english: Texts | Prepared, seed
     return make_rows(maker_of(config, parts.source, parts.target, seed), english)
 
 
+def _held_out_rows(
+    config: MTLLM, parts: Parts, english: Texts | Prepared, seed: int
+) -> tuple[Rows, Rows]:
+    """(rows to train on, rows of other texts to evaluate on, these segmented in one way)."""
+    count = config.adaptation.dev_texts
+    if isinstance(english, Prepared):
+        return hold_out_rows(english.rows(), count)
+    maker = maker_of(config, parts.source, parts.target, seed)
+    left, held = hold_out_texts(english, count)
+    plain = dataclasses.replace(maker, subword_sampling=0.0, samplings=1)
+    return make_rows(maker, left), make_rows(plain, held)
+
+
 def general_adaptation(job: Job[MTLLM], parts: Parts, english: Texts | Prepared) -> nnx.State:
     """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained, or
     of 0 steps what would have been."""
     config, seed = job.config, job.stage_seed("adaptation")
     training = config.adaptation.training
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
+        split_rows = functools.cache(lambda: _held_out_rows(config, parts, english, seed))
 
         def rows() -> Rows:
-            packed = adaptation_rows(config, parts, english, seed)
+            if training.evaluate_every:
+                packed, _ = split_rows()
+            else:
+                packed = adaptation_rows(config, parts, english, seed)
             job.console.print(packed.told())
             return packed
 
@@ -286,6 +305,7 @@ def general_adaptation(job: Job[MTLLM], parts: Parts, english: Texts | Prepared)
             console=job.console,
             watch=job.watch,
             flops=flops,
+            dev=lambda: (split_rows()[1], None),
         )
 
 
@@ -358,7 +378,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
     with job.stage("teacher", "stage 2a, the task's English teacher") as stage:
         model = new_teacher(config, parts, task.num_outputs, seed)
         graph, trainable, frozen = split(model, is_trained(of_teacher(config)))
-        read = functools.cache(lambda: _target_rows(parts, task, training))
+        read = functools.cache(lambda: _target_rows(parts, task, task.train, training))
         trained = fit(
             stage,
             "stage 2a",
@@ -372,13 +392,16 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
             console=job.console,
             watch=job.watch,
             add=lambda: read().beside({"label": task.label_ids(task.train)}),
+            dev=lambda: _target_rows(parts, task, task.dev, training).data(
+                {"label": task.label_ids(task.dev)}
+            ),
         )
         return nnx.merge(graph, trained, frozen)
 
 
 @dataclasses.dataclass(frozen=True)
 class _TaskRows:
-    """A task's training rows as one side reads them; with choices, `marks` [texts, length]."""
+    """A task's rows as one side reads them; with choices, `marks` [texts, length]."""
 
     rows: Rows
     marks: np.ndarray | None
@@ -388,21 +411,25 @@ class _TaskRows:
         marks = {} if self.marks is None else {"marks": self.marks}
         return add_by_example({**tables, **marks})
 
+    def data(self, tables: Mapping[str, np.ndarray]) -> Data:
+        """Rows and `beside` together, as development data."""
+        return self.rows, self.beside(tables)
 
-def _source_rows(parts: Parts, task: Task, training: Training) -> _TaskRows:
+
+def _source_rows(parts: Parts, task: Task, given: Sequence[Row], training: Training) -> _TaskRows:
     def encode(rows: Sequence[Row], length: int) -> Marked:
         return source_tokens(parts.source, rows, length)
 
     length, pad_id = training.source_length, parts.source.pad_id
-    return _task_rows("source", encode, task, length, pad_id, training)
+    return _task_rows("source", encode, task, given, length, pad_id, training)
 
 
-def _target_rows(parts: Parts, task: Task, training: Training) -> _TaskRows:
+def _target_rows(parts: Parts, task: Task, given: Sequence[Row], training: Training) -> _TaskRows:
     def encode(rows: Sequence[Row], length: int) -> Marked:
         return target_tokens(parts.target, rows, length)
 
     length, pad_id = training.target_length, parts.target.pad_id
-    return _task_rows("target", encode, task, length, pad_id, training)
+    return _task_rows("target", encode, task, given, length, pad_id, training)
 
 
 def source_tokens(tokenizer: SourceTokenizer, rows: Sequence[Row], length: int) -> Marked:
@@ -431,6 +458,7 @@ def _task_rows(
     stream: str,
     encode: Callable[[Sequence[Row], int], Marked],
     task: Task,
+    given: Sequence[Row],
     length: int,
     pad_id: int,
     training: Training,
@@ -438,7 +466,7 @@ def _task_rows(
     def marked(rows: Sequence[Row], length: int) -> list[tuple[np.ndarray, np.ndarray]]:
         return list(zip(*encode(rows, length), strict=True)) if rows else []
 
-    texts, cut = encode_cut(marked, task.train, length, size=lambda text: len(text[0]))
+    texts, cut = encode_cut(marked, given, length, size=lambda text: len(text[0]))
     # A row of choices has segments of its own within it, and so stands alone.
     packing = training.packing and not task.num_choices
     tokens = [{stream: ids} for ids, _ in texts]
@@ -529,8 +557,12 @@ def task_distillation(
         if config.distillation.start == "stage1+teacher":
             add_difference(stack.llm, teacher.llm, parts.llm)
         graph, trainable, frozen = split(stack, is_trained(config))
-        vectors = _teacher_vectors(job, stage, parts, task, teacher)
-        read = functools.cache(lambda: _source_rows(parts, task, training))
+        path = stage.path / "teacher_vectors.npy"
+        vectors = _teacher_vectors(job, path, parts, task, task.train, teacher)
+        if training.evaluate_every:
+            path = stage.path / "teacher_vectors_dev.npy"
+            dev_vectors = _teacher_vectors(job, path, parts, task, task.dev, teacher)
+        read = functools.cache(lambda: _source_rows(parts, task, task.train, training))
         trained = fit(
             stage,
             "stage 2b",
@@ -544,6 +576,9 @@ def task_distillation(
             console=job.console,
             watch=job.watch,
             add=lambda: read().beside({"teacher": vectors}),
+            dev=lambda: _source_rows(parts, task, task.dev, training).data(
+                {"teacher": dev_vectors}
+            ),
         )
         return StackClassifier(nnx.merge(graph, trained, frozen), teacher.head)
 
@@ -597,11 +632,15 @@ def add_difference(student: Llama, tuned: Llama, base: Llama) -> None:
 
 
 def _teacher_vectors(
-    job: Job[MTLLM], stage: Any, parts: Parts, task: Task, teacher: LLMClassifier
+    job: Job[MTLLM],
+    path: epath.Path,
+    parts: Parts,
+    task: Task,
+    rows: Sequence[Row],
+    teacher: LLMClassifier,
 ) -> np.ndarray:
-    """The teacher's pooled state of every training text, computed once and stored: [texts, D], of
+    """The teacher's pooled state of every text, computed once and stored at `path`: [texts, D], of
     multiple choice [texts, C, D]."""
-    path = stage.path / "teacher_vectors.npy"
     if distributed.by_first(path.exists):
         with path.open("rb") as file:
             return np.load(file)
@@ -613,7 +652,7 @@ def _teacher_vectors(
         batch_rows=job.config.evaluation.batch_rows,
         mesh=job.mesh,
     )
-    vectors = run(*target_tokens(parts.target, task.train, job.config.teacher.target_length))
+    vectors = run(*target_tokens(parts.target, rows, job.config.teacher.target_length))
     if distributed.is_first():
         with new_file(path) as file:
             np.save(file, vectors)
@@ -722,7 +761,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderCla
         model = EncoderClassifier(encoder, head)
         learns = nnx.Any(nnx.PathContains("head"), LoRAParam)
         graph, trainable, frozen = split(model, learns)
-        read = functools.cache(lambda: _source_rows(parts, task, training))
+        read = functools.cache(lambda: _source_rows(parts, task, task.train, training))
         trained = fit(
             stage,
             "MT encoder",
@@ -736,6 +775,9 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderCla
             console=job.console,
             watch=job.watch,
             add=lambda: read().beside({"label": task.label_ids(task.train)}),
+            dev=lambda: _source_rows(parts, task, task.dev, training).data(
+                {"label": task.label_ids(task.dev)}
+            ),
         )
         return nnx.merge(graph, trained, frozen)
 

@@ -31,6 +31,7 @@ from mtllm_jax.hf.encoder import has_decoder
 from mtllm_jax.hf.files import is_remote, local_files
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.inference import Vectors
+from mtllm_jax.languages import ENGLISH
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
@@ -69,7 +70,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     """All stages up to the systems; the embedded text and models only where nothing is given."""
     config = job.config
     text = functools.cache(lambda: embedded_text(job))
-    task = inputs.task or embedded_task(text(), config.evaluation.split)
+    task = inputs.task or embedded_task(text(), config.evaluation.split, config.evaluates_task)
     english = inputs.adaptation_text
     if english is None and not config.stage1:
         english = texts_of(row["text"] for row in text()["adaptation"])
@@ -153,8 +154,8 @@ def describe_model(
     run.write_json("model.json", about)
 
 
-def embedded_task(text: TextDataset, split: str) -> Task:
-    """Region of a short list of names, labelled in English alone."""
+def embedded_task(text: TextDataset, split: str, dev: bool = False) -> Task:
+    """Region of a short list of names, labelled in English alone. dev: with development rows."""
 
     def rows(name: str) -> list[Row]:
         return [
@@ -170,7 +171,8 @@ def embedded_task(text: TextDataset, split: str) -> Task:
     tests = {test: rows(f"{split}_{test}") for test in ("seen", "unseen")}
     train = rows("task_train")
     labels = tuple(sorted({row["label"] for row in train}))
-    return Task("region of a list of names", labels, train, tests)
+    seen = [row for row in rows("dev_seen") if row["language"] == ENGLISH] if dev else []
+    return Task("region of a list of names", labels, train, tests, dev=seen)
 
 
 def labels_by(run: Vectors, head: Linear, task: Task) -> Callable[[Marked], list[str]]:

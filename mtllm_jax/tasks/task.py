@@ -24,7 +24,8 @@ class Task:
     labels: names in the order of their ids. tests: by name; the first is the headline ("systems" in
     results.json), a second one named "unseen" stands beside it ("systems_unseen"). translated: test
     rows in English that are given as translations of others; by their language and id these are
-    found. notes: what a reader of the results should know, a sentence each.
+    found. notes: what a reader of the results should know, a sentence each. dev: rows in English
+    that may decide on training; none where nothing asks for them.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task:
     tests: Mapping[str, Sequence[Row]]
     translated: Sequence[Row] = ()
     notes: tuple[str, ...] = ()
+    dev: Sequence[Row] = ()
 
     @property
     def num_choices(self) -> int:
