@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtllm_jax.languages import check_language
+from mtllm_jax.schema import nearest
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
@@ -364,6 +365,17 @@ class TaskSource:
         require(self.limit >= 0, "task.limit", self.limit, "0 (all rows) or above")
 
 
+# The systems of a comparison, by their names in results.json and in its order.
+SYSTEMS = (
+    "mt_llm",
+    "llm_zero_shot",
+    "mt_encoder",
+    "translate_test",
+    "llm_prompted",
+    "encoder_linear",
+)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What the systems are compared on."""
@@ -376,6 +388,12 @@ class Evaluation:
     # That the LLM reads in its own tokens (zero-shot); () = all. Scripts that its tokenizer cuts
     # into bytes make it many times as slow as the stack.
     llm_languages: tuple[str, ...] = ()
+    # Those that are compared, where they can be; what none of them needs is not trained.
+    systems: tuple[str, ...] = SYSTEMS
+    # What llm_prompted reads: a text with the names of columns in braces, and {labels}; "" = the
+    # task's own, or that of its kind (tasks/prompt.py).
+    prompt: str = ""
+    prompt_score: Literal["sum", "mean"] = "sum"  # of the log-likelihoods of a label's tokens
 
     def check(self) -> None:
         for name, least in (("batch_rows", 1), ("max_length", 4), ("max_new_tokens", 1)):
@@ -383,6 +401,12 @@ class Evaluation:
             require(value >= least, f"evaluation.{name}", value, f"at least {least}")
         beams = self.num_beams
         require(1 <= beams <= 8, "evaluation.num_beams", beams, "from 1 to 8")
+        for name in self.systems:
+            near = nearest(name, SYSTEMS, 1) or SYSTEMS
+            told = f"names among {', '.join(SYSTEMS)} (nearest to {name!r}: {near[0]})"
+            require(name in SYSTEMS, "evaluation.systems", self.systems, told)
+        several = len(set(self.systems)) == len(self.systems) > 0
+        require(several, "evaluation.systems", self.systems, "a list without repetitions")
 
 
 @dataclass(frozen=True)
@@ -537,11 +561,10 @@ class MTLLM:
             if self.mini_llama is not None and not self.llm:
                 found["mini_llama.training"] = self.mini_llama.training
             found["adaptation.training"] = self.adaptation.training
-        return found | {
-            "teacher": self.teacher,
-            "distillation.training": self.distillation.training,
-            "mt_encoder": self.mt_encoder,
-        }
+        found |= {"teacher": self.teacher, "distillation.training": self.distillation.training}
+        if "mt_encoder" in self.evaluation.systems:
+            found["mt_encoder"] = self.mt_encoder
+        return found
 
 
 # The stages that may have no steps.

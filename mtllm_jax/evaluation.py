@@ -23,12 +23,14 @@ class System:
     """One of the systems that are compared, as a function from rows to labels.
 
     timed: the same, with nothing kept from earlier calls (translations); None where the time would
-    tell nothing. covers: whether it answers a row; by default all.
+    tell nothing. covers: whether it answers a row; by default all. seeded: whether another seed
+    makes another of it.
     """
 
     predict: Predict
     timed: Predict | None
     covers: Callable[[Row], bool] = lambda row: True
+    seeded: bool = True
 
 
 def evaluate(
@@ -58,8 +60,9 @@ def evaluate(
         progress = console.progress(len(systems) * rows, f"evaluation{which}", unit="rows")
         for number, (name, system) in enumerate(systems.items()):
             place = name if seed == seeds[0] else f"seed-{seed}/{name}"
+            known = None if system.seeded or name not in answers else answers[name][0]
             answers.setdefault(name, []).append(
-                _answers(task, system, place, run, progress, number * rows)
+                _answers(task, system, place, run, progress, number * rows, known)
             )
             if seed == seeds[0] and system.timed is not None:
                 timed_rows = _timed_rows(task, system, english)
@@ -83,11 +86,16 @@ def _answers(
     run: RunFolder,
     progress: Progress,
     done: int,
+    known: pd.DataFrame | None,
 ) -> pd.DataFrame:
-    """The test rows with a system's prediction: of an earlier start, or made and written now."""
+    """The test rows with a system's prediction: of an earlier start, or made and written now.
+    known: what they are, where another seed's are the same."""
     path = f"predictions/{place}.jsonl"
     if distributed.by_first((run.path / path).exists):
         return pd.DataFrame(run.read_jsonl(path))
+    if known is not None:
+        run.write_jsonl(path, known.to_dict("records"))
+        return known
     written: list[dict[str, str]] = []
     for test, every in task.tests.items():
         rows = [row for row in every if system.covers(row)]

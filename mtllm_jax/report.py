@@ -46,6 +46,8 @@ SYSTEM_NOTES = {
     "English.",
     "translate_test": "The MT model first translates into English, token by token; the LLM, tuned "
     "for the task on English, reads the translation.",
+    "llm_prompted": "The LLM as it is, trained on no label: the answer is the label, or the "
+    "choice, that is likeliest to go on from a prompt with the foreign text.",
 }
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and a second sign beside them.
@@ -55,6 +57,7 @@ SYSTEM_COLOURS = {
     "mt_encoder": "#e69f00",
     "encoder_linear": "#cc79a7",
     "translate_test": "#009e73",
+    "llm_prompted": "#d55e00",
 }
 OTHER_COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#8f6bbd", "#a8642a")
 MARKS = ("●", "◆", "■", "▲", "✚", "★", "▼")

@@ -19,6 +19,7 @@ SYSTEM_NAMES = {
     "mt_encoder": "MT encoder + head",
     "encoder_linear": "Frozen encoder, linear",
     "translate_test": "Translate-test",
+    "llm_prompted": "LLM prompted",
 }
 TEST_NAMES = {"systems": "A: seen names, new pairs", "systems_unseen": "B: unseen names"}
 

@@ -8,10 +8,9 @@ import pytest
 import reduced
 
 from mtllm_jax import cli, config
+from mtllm_jax.config import SYSTEMS
 from mtllm_jax.recipes.finished import begun
 from mtllm_jax.recipes.mtllm import idle_fields
-
-SYSTEMS = ("mt_llm", "llm_zero_shot", "mt_encoder", "encoder_linear", "translate_test")
 
 
 def accuracy(path, test):

@@ -65,7 +65,7 @@ def test_encoders_by_what_their_folder_is(folders):
 
 @pytest.mark.slow
 def test_a_run_without_a_translation_model(own, tmp_path):
-    """All stages, four systems, and the answers in Python."""
+    """All stages, all systems but one, and the answers in Python."""
     few = {f"{stage}.steps": 5 for stage in ("adaptation.training", "teacher", "mt_encoder")}
     few |= {"distillation.training.steps": 5, "evaluation.batch_rows": 8}
     flags = reduced.flags(own | few)
@@ -74,7 +74,7 @@ def test_a_run_without_a_translation_model(own, tmp_path):
     assert done.stdout.count("Translate-test is left out: config.encoder cannot translate") == 1
     run = tmp_path / "run"
     results = json.loads((run / "results.json").read_text())
-    systems = ["mt_llm", "llm_zero_shot", "mt_encoder", "encoder_linear"]
+    systems = ["mt_llm", "llm_zero_shot", "mt_encoder", "llm_prompted", "encoder_linear"]
     assert list(results["systems"]) == list(results["cost"]) == systems
     assert {path.stem for path in (run / "predictions").iterdir()} == set(systems)
     assert "Translate-test" not in (run / "report.html").read_text()

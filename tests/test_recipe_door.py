@@ -81,7 +81,7 @@ def test_ones_own_models_task_and_text_need_no_embedded_text(own_run):
     assert "systems_unseen" not in results and results["majority"] == 0.75
     assert 0.1 < results["peak_memory_gb"] < 10
     assert set(results["systems"]) == {
-        "mt_llm", "llm_zero_shot", "mt_encoder", "encoder_linear", "translate_test",
+        "mt_llm", "llm_zero_shot", "mt_encoder", "translate_test", "llm_prompted", "encoder_linear",
     }  # fmt: skip
     for entry in results["systems"].values():
         assert set(entry["languages"]) == {"deu_Latn", "jpn_Jpan"}

@@ -24,7 +24,9 @@ from mtllm_jax.hf.llama import load_llama
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.metrics import read_metrics
 
-SYSTEMS = {"mt_llm", "llm_zero_shot", "mt_encoder", "encoder_linear", "translate_test"}
+SYSTEMS = {
+    *("mt_llm", "llm_zero_shot", "mt_encoder", "translate_test", "llm_prompted", "encoder_linear")
+}
 TRAINED = ("mini_nllb", "mini_llama", "adaptation", "teacher", "distillation", "mt_encoder")
 TESTS = {"systems": "seen", "systems_unseen": "unseen"}
 CODES = {"deu_Latn", "jpn_Jpan"}

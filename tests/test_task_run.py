@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import reduced
 
+from mtllm_jax.config import SYSTEMS
+
 PAIRS = [("Kenya", "Ghana", "same"), ("Peru", "Togo", "other"), ("Cuba", "Chile", "same")] * 6
 TEST = [
     {"id": "0", "text": "Kenya", "text_pair": "Togo", "label": "same", "language": "eng_Latn"},
@@ -42,7 +44,7 @@ def test_pairs_of_texts_and_their_export(mini_run, tmp_path):
     own = {"task.train": tmp_path / "a.csv", "task.test": tmp_path / "b.jsonl"}
     run, results = finished(mini_run, tmp_path, own)
     assert results["task"] == "mine"
-    for system in ("mt_llm", "llm_zero_shot", "mt_encoder", "encoder_linear", "translate_test"):
+    for system in SYSTEMS:
         frame = predictions(run, system)
         wanted = [{name: row[name] for name in row} for row in TEST]
         assert frame.drop(columns=["prediction", "test"]).to_dict("records") == wanted
@@ -91,7 +93,7 @@ def test_multiple_choice_and_its_export(mini_run, tmp_path):
     write_jsonl(tmp_path / "b.jsonl", rows)
     fields = {"task.train": tmp_path / "a.jsonl", "task.test": tmp_path / "b.jsonl"}
     run, results = finished(mini_run, tmp_path, fields)
-    assert set(results["systems"]) == {"mt_llm", "llm_zero_shot", "mt_encoder", "translate_test"}
+    assert set(results["systems"]) == set(SYSTEMS) - {"encoder_linear"}
     frame = predictions(run, "mt_llm")
     assert frame["label"].tolist() == [row["label"] for row in rows]
     assert set(frame["prediction"]) <= {1, 2}
@@ -123,6 +125,7 @@ def test_a_benchmark_with_given_translations(mini_run, mtllm_data, tmp_path):
         "encoder_linear": {"deu_Latn", "jpn_Jpan"},
         "translate_test": {"jpn_Jpan"},  # there are no translations of German
         "llm_zero_shot": {"jpn_Jpan"},
+        "llm_prompted": {"jpn_Jpan"},
     }
     assert {name: set(entry["languages"]) for name, entry in results["systems"].items()} == covered
     for system, languages in covered.items():

@@ -427,6 +427,41 @@ class TargetTokenizer(_Tokenizer):
         """Rows of multiple choice, as `SourceTokenizer.encode_choices` has them."""
         return self._encode_choices(rows, max_length)
 
+    def encode_prompts(self, prompts: Sequence[tuple[str, str]], *, max_length: int) -> Ids:
+        """Token ids of texts that are to be gone on with, each given as two parts: nothing closes
+        them, and of one longer than `max_length` tokens the first part loses its end."""
+        with self._lock:
+            self._backend.no_truncation()
+            encoded = self._backend.encode_batch([first + second for first, second in prompts])
+        rows = []
+        for (first, _), encoding in zip(prompts, encoded, strict=True):
+            num = _unclosed(encoding)
+            kept = sum(start < len(first) for start, _ in encoding.offsets[:num])
+            ids = encoding.ids[: min(kept, max(0, max_length - num + kept))]
+            rows.append(np.array(ids + encoding.ids[kept:num], np.int32))
+        return rows
+
+    def encode_continuations(self, before: str, texts: Sequence[str]) -> tuple[int, Ids]:
+        """Token ids that each text adds to one that ends with `before`, behind a space; and how
+        many of that one's last tokens they stand for too, mostly none."""
+        with self._lock:
+            self._backend.no_truncation()
+            alone, *longer = self._backend.encode_batch([before, *(f"{before} {t}" for t in texts)])
+        whole = [encoding.ids[: _unclosed(encoding)] for encoding in longer]
+        ids = alone.ids[: _unclosed(alone)]
+        common = len(ids)
+        while any(one[:common] != ids[:common] for one in whole):
+            common -= 1
+        return len(ids) - common, [np.array(one[common:], np.int32) for one in whole]
+
+
+def _unclosed(encoding: Any) -> int:
+    """Tokens of a text without the special ones that close it."""
+    num = len(encoding.ids)
+    while num and encoding.special_tokens_mask[num - 1]:
+        num -= 1
+    return num
+
 
 def _load(folder: str) -> Any:
     # transformers takes seconds to import: only where a tokenizer is opened.

@@ -139,13 +139,20 @@ class LlamaLayers(nnx.Module):
         *,
         causal: bool,
         packed: bool = True,
+        branches: bool = False,
         dropout_key: Array | None = None,
     ) -> Array:
         """One layer: attention, then feed-forward, each added to the residual stream."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
         x_BTD = self.attention_norm(h_BTD)
         h_BTD = h_BTD + self.attend(
-            x_BTD, segments_BT, positions_BT, keys[:4], causal=causal, packed=packed
+            x_BTD,
+            segments_BT,
+            positions_BT,
+            keys[:4],
+            causal=causal,
+            packed=packed,
+            branches=branches,
         )
         return h_BTD + self.feed_forward(self.ffn_norm(h_BTD), keys[4:])
 
@@ -158,6 +165,7 @@ class LlamaLayers(nnx.Module):
         *,
         causal: bool,
         packed: bool = True,
+        branches: bool = False,
     ) -> Array:
         """Grouped-query attention with rotary positions, [B, T, D]. keys: dropout of q, k, v, o."""
         config = self.config
@@ -177,6 +185,7 @@ class LlamaLayers(nnx.Module):
             causal=causal,
             window=config.sliding_window if causal else None,
             packed=packed,
+            branches=branches,
             backend=config.attention,
         )
         return self.o(mixed_BTNH.reshape(*x_BTD.shape[:2], -1), keys[3])
@@ -215,6 +224,7 @@ class Llama(nnx.Module):
         *,
         causal: bool,
         packed: bool = True,
+        branches: bool = False,
         dropout_key: Array | None = None,
     ) -> Array:
         """Input states → states after the final norm, [B, T, D] in the dtype of `h_BTD`.
@@ -222,13 +232,30 @@ class Llama(nnx.Module):
         segments_BT: int32, 0 = padding, 1..N = the packed text of a position, ascending in a row;
         positions restart in each. What comes out at padding has no meaning. causal=False lets
         every token see its whole text and drops the sliding window. packed=False promises one text
-        a row, from its first position on. dropout_key: LoRA's dropout.
+        a row, from its first position on. branches: texts 2..N of a row are read as if each stood
+        alone behind text 1, which is read once. dropout_key: LoRA's dropout.
+        ValueError for branches in rows longer than the sliding window.
         """
         positions_BT = positions_in_segment(segments_BT)
+        if branches:
+            window, length = self.config.sliding_window, segments_BT.shape[1]
+            if causal and window is not None and length > window:
+                raise ValueError(
+                    f"a row of a text and its branches has {length} positions; it must have no more"
+                    f" than the sliding window, {window}"
+                )
+            before_B1 = jnp.sum(segments_BT == 1, axis=1, dtype=jnp.int32, keepdims=True)
+            positions_BT += jnp.where(segments_BT > 1, before_B1, 0)
 
         def layer(layers: LlamaLayers, h_BTD: Array, key: Array | None) -> Array:
             return layers(
-                h_BTD, segments_BT, positions_BT, causal=causal, packed=packed, dropout_key=key
+                h_BTD,
+                segments_BT,
+                positions_BT,
+                causal=causal,
+                packed=packed,
+                branches=branches,
+                dropout_key=key,
             )
 
         h_BTD = scan_layers(

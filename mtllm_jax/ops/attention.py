@@ -142,18 +142,22 @@ def attention(
     causal: bool = False,
     window: int | None = None,
     packed: bool = True,
+    branches: bool = False,
     backend: str = "auto",
 ) -> Array:
     """Softmax attention among the positions of one packed text. Returns [B, T, N, H].
 
     Segments are int32, 0 = padding; a query sees the keys of its own segment alone. causal: only
     keys at or before its own place in the row; window: only the last `window` of those (Mistral's
-    sliding window). packed=False promises one text a row, from its first position on. Scores are
-    scaled by H^-1/2 and normalised in float32. What a query without a key to see reads is finite,
-    and has no meaning. ValueError where the backend cannot do it.
+    sliding window). packed=False promises one text a row, from its first position on. branches:
+    segment 1 is seen by the others of its row too, which all go on from it; by xla, whatever the
+    backend. Scores are scaled by H^-1/2 and normalised in float32. What a query without a key to
+    see reads is finite, and has no meaning. ValueError where the backend cannot do it.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     platform, context = layout.platform(), layout.axis_size("context")
+    if branches:
+        backend = "xla"
     # Of few queries the others' blocks would be mostly empty. A kernel cannot be laid over devices
     # where nothing says how.
     if backend == "auto" and (T < _TILE or not layout.is_placed()):
@@ -177,13 +181,14 @@ def attention(
         return splash_attention(*arrays, causal=causal, window=window)
     if backend == "cudnn":
         return _cudnn_attention(*arrays, causal=causal, window=window)
+    mask = _Mask(causal, window, branches)
     if context == 1:
-        return _xla_attention(*arrays, causal=causal, window=window)
+        return _xla_attention(*arrays, mask=mask)
 
     def local(q_BTNH: Array, *others: Array) -> Array:
         here = q_BTNH.shape[1]
         first = jax.lax.axis_index("context") * here if here < T else 0
-        return _xla_attention(q_BTNH, *others, causal=causal, window=window, first=first)
+        return _xla_attention(q_BTNH, *others, mask=mask, first=first)
 
     specs = _specs(q_BTNH, k_BSKH)
     return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
@@ -204,6 +209,15 @@ def _specs(q_BTNH: Array, k_BSKH: Array) -> tuple[PartitionSpec, ...]:
 # ---------------------------------------------------------------- xla
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mask:
+    """Which keys of a row a query sees; as `attention` says."""
+
+    causal: bool
+    window: int | None
+    branches: bool
+
+
 def _xla_attention(
     q_BTNH: Array,
     k_BSKH: Array,
@@ -211,8 +225,7 @@ def _xla_attention(
     query_segments_BT: Array,
     key_segments_BS: Array,
     *,
-    causal: bool,
-    window: int | None,
+    mask: _Mask,
     first: Array | int = 0,
 ) -> Array:
     """first: the place in its row of the first query here, where others lie elsewhere."""
@@ -220,11 +233,11 @@ def _xla_attention(
     keys = k_BSKH, v_BSKH, key_segments_BS
     scores_a_query = B * N * k_BSKH.shape[1] / layout.ways(B, "rows") / layout.ways(N, "heads")
     if scores_a_query * T <= MOST_SCORES:
-        return _scored_at_once(q_BTNH, query_segments_BT, first, *keys, causal, window)
+        return _scored_at_once(q_BTNH, query_segments_BT, first, *keys, mask)
 
     @jax.checkpoint
     def piece(queries: tuple[Array, Array, Array]) -> Array:
-        return _scored_at_once(*queries, *keys, causal, window)
+        return _scored_at_once(*queries, *keys, mask)
 
     size = min(T, 2 ** max(0, math.floor(math.log2(MOST_SCORES / scores_a_query))))
     num = -(-T // size)
@@ -245,18 +258,19 @@ def _scored_at_once(
     k_BSKH: Array,
     v_BSKH: Array,
     key_segments_BS: Array,
-    causal: bool,
-    window: int | None,
+    mask: _Mask,
 ) -> Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     seen_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+    if mask.branches:
+        seen_BTS |= key_segments_BS[:, None, :] == 1
     seen_BTS &= key_segments_BS[:, None, :] > 0
-    if causal:
+    if mask.causal:
         distance_TS = (first + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
         near_TS = distance_TS >= 0
-        if window is not None:
-            near_TS &= distance_TS < window
+        if mask.window is not None:
+            near_TS &= distance_TS < mask.window
         seen_BTS &= near_TS[None]
     # Heads in front and a key head's queries in one dim: plain batched matrix products.
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)

@@ -47,6 +47,18 @@ def cross_entropy(
     return jax.lax.scan(step, jnp.zeros((), jnp.float32), chunked)[0], count
 
 
+def log_likelihoods(h_MD: Array, kernel_VD: Array, ids_M: Array, *, chunk: int) -> Array:
+    """log softmax(h · kernelᵀ)[id] of each. float32 [M]. The logits of `chunk` tokens alone exist
+    at a time."""
+
+    def of_token(token: tuple[Array, Array]) -> Array:
+        h_D, id = token
+        logits_V = jnp.einsum("d,vd->v", h_D, kernel_VD, preferred_element_type=jnp.float32)
+        return logits_V[id] - jax.nn.logsumexp(logits_V)
+
+    return jax.lax.map(of_token, (h_MD, ids_M), batch_size=min(chunk, h_MD.shape[0]))
+
+
 def sampled_vocabulary(is_label_V: np.ndarray, num_sampled: int, key: Array) -> tuple[Array, Array]:
     """A small vocabulary that stands for the whole one in a softmax.
 

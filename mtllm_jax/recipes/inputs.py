@@ -44,6 +44,7 @@ from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
 from mtllm_jax.ops.attention import check_attention
 from mtllm_jax.runfolder import read_json
+from mtllm_jax.tasks.prompt import check_prompt, kind_of
 from mtllm_jax.tasks.task import Row, Task
 
 REVISIONS = "revisions.json"  # in a run folder: {field: commit} of models named on the hub
@@ -131,6 +132,9 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     if task is not None and task.num_choices:
         why = "1 for multiple choice, which pools the encoder's own positions"
         require(config.bridge.stride == 1, "bridge.stride", config.bridge.stride, why)
+    if config.evaluation.prompt:
+        with naming("evaluation.prompt"):
+            check_prompt(config.evaluation.prompt, kind_of(task.train[0]) if task else "text")
     tokenizers = [source]
     if config.translator:
         tests = task.tests.values() if task else []
@@ -285,6 +289,16 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
         reasons["adaptation.dev_texts"] = "config.adaptation.training.evaluate_every is 0"
     if not config.evaluates_task:
         reasons["task.dev"] = "no stage of the task has evaluate_every above 0"
+    systems = config.evaluation.systems
+    for field, system in (
+        ("mt_encoder", "mt_encoder"),
+        ("evaluation.prompt", "llm_prompted"),
+        ("evaluation.prompt_score", "llm_prompted"),
+    ):
+        if system not in systems:
+            reasons[field] = f"config.evaluation.systems has no {system}"
+    if not {"translate_test", "translate_train"} & set(systems):
+        reasons["translator"] = "config.evaluation.systems has no translate_test"
     if config.trained == "all":
         reasons |= dict.fromkeys(("lora.targets", "lora.start"), "config.trained is 'all'")
     if config.trained == "bridge":

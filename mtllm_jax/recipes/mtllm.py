@@ -22,6 +22,7 @@ from mtllm_jax.recipes.dry_run import dry_run
 from mtllm_jax.recipes.finished import begun
 from mtllm_jax.recipes.inputs import REVISIONS, Inputs, idle_fields, revisions_of
 from mtllm_jax.recipes.job import Job
+from mtllm_jax.recipes.prompting import template_of
 from mtllm_jax.recipes.systems import build_systems, train
 from mtllm_jax.report import write_report
 from mtllm_jax.results import results_table
@@ -124,6 +125,9 @@ def facts(job: Job[MTLLM], task: Task) -> dict[str, Any]:
             "concepts": text["concepts"],
             "names": f"{text['names']} in English, {text['parallel_names']} in other languages",
         }
+    limits = job.config.evaluation
+    if "llm_prompted" in limits.systems:
+        found["prompt"] = repr(template_of(limits, task))
     return found | {
         "labelled rows": f"{len(task.train)} in English",
         "test rows": sum(len(rows) for rows in task.tests.values()),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from sklearn.linear_model import LogisticRegressionCV
@@ -19,7 +20,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mtllm_jax import distributed, sharding
-from mtllm_jax.config import MTLLM
+from mtllm_jax.config import MTLLM, SYSTEMS
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
 from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.prepared import Prepared
@@ -30,12 +31,15 @@ from mtllm_jax.evaluation import Predict, System
 from mtllm_jax.hf.encoder import has_decoder
 from mtllm_jax.hf.files import is_remote, local_files
 from mtllm_jax.hf.nllb import load_nllb
+from mtllm_jax.hf.peft import load_merged
 from mtllm_jax.inference import Vectors
 from mtllm_jax.languages import ENGLISH
 from mtllm_jax.models.layers import Linear
+from mtllm_jax.models.llama import Llama
 from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
+from mtllm_jax.recipes.prompting import prompted
 from mtllm_jax.runfolder import RunFolder, is_local, scratch
 from mtllm_jax.tasks.task import Row, Task, texts_in, with_texts
 
@@ -52,7 +56,7 @@ class Tuned:
 
     teacher: stacking.LLMClassifier
     student: stacking.StackClassifier
-    mt_encoder: stacking.EncoderClassifier
+    mt_encoder: stacking.EncoderClassifier | None  # None where it is not asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Made:
     """What the stages of a run end with."""
 
     translator_folder: str | None  # of what translate-test translates with
+    llm_folder: str
     parts: stacking.Parts
     task: Task
     english: Texts | Prepared | None  # texts of stage 1; None where it was done before
@@ -76,9 +81,9 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         english = texts_of(row["text"] for row in text()["adaptation"])
     encoder_folder = config.encoder or mini_models.mini_nllb(job, text())
     llm_folder = config.llm or mini_models.mini_llama(job, text())
-    translator_folder = config.translator or encoder_folder
+    translator_folder, wanted = config.translator or encoder_folder, config.evaluation.systems
     translates = has_decoder(translator_folder)
-    if not translates and not task.translated:
+    if "translate_test" in wanted and not translates and not task.translated:
         job.console.print(
             "Translate-test is left out: config.encoder cannot translate, and config.translator,"
             " which names an NLLB model that can, is empty."
@@ -100,10 +105,13 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         seeded = dataclasses.replace(job, seed=seed) if first else job.of_seed(seed)
         teacher = stacking.task_teacher(seeded, parts, task)
         student = stacking.task_distillation(seeded, parts, task, adapted, teacher)
-        return Tuned(teacher, student, stacking.mt_encoder_baseline(seeded, parts, task))
+        alone = "mt_encoder" in wanted
+        by_encoder = stacking.mt_encoder_baseline(seeded, parts, task) if alone else None
+        return Tuned(teacher, student, by_encoder)
 
     return Made(
         translator_folder if translates else None,
+        llm_folder,
         parts,
         task,
         english,
@@ -172,7 +180,8 @@ def embedded_task(text: TextDataset, split: str, dev: bool = False) -> Task:
     train = rows("task_train")
     labels = tuple(sorted({row["label"] for row in train}))
     seen = [row for row in rows("dev_seen") if row["language"] == ENGLISH] if dev else []
-    return Task("region of a list of names", labels, train, tests, dev=seen)
+    prompt = "{text} are in"  # as the LLM's own text has it
+    return Task("region of a list of names", labels, train, tests, dev=seen, prompt=prompt)
 
 
 def labels_by(run: Vectors, head: Linear, task: Task) -> Callable[[Marked], list[str]]:
@@ -188,25 +197,36 @@ def labels_by(run: Vectors, head: Linear, task: Task) -> Callable[[Marked], list
 
 def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, System]]:
     """Seed → its systems by their names in results.json. Translated is once for all seeds."""
-    config, task = job.config, made.task
+    config, task, wanted = job.config, made.task, job.config.evaluation.systems
     translation = None
-    if made.translator_folder is not None and not task.translated:
+    if "translate_test" in wanted and made.translator_folder is not None and not task.translated:
         translation = translator(config, made.translator_folder, job.mesh)
     remembering = translation and remembered(translation)
     given = {(row["language"], row["id"]): row for row in task.translated}
-
-    # A row of choices has no vector that a linear map could classify.
-    by_linear = None if task.num_choices else linear_baseline(job, made.parts, task)
+    # What no seed changes.
+    fixed: dict[str, System] = {}
 
     def read_by_llm(row: Row) -> bool:
-        wanted = config.evaluation.llm_languages
-        return not wanted or row["language"] in (config.english, *wanted)
+        codes = config.evaluation.llm_languages
+        return not codes or row["language"] in (config.english, *codes)
+
+    if "llm_prompted" in wanted:
+        llm, told = _causal_llm(job, made), config.evaluation
+        by_prompt = prompted(
+            told, llm, made.parts.target, task, dtype=config.compute_dtype, mesh=job.mesh
+        )
+        fixed["llm_prompted"] = System(by_prompt, by_prompt, read_by_llm, seeded=False)
+    # A row of choices has no vector that a linear map could classify.
+    if "encoder_linear" in wanted and not task.num_choices:
+        by_linear = linear_baseline(job, made.parts, task)
+        fixed["encoder_linear"] = System(by_linear, by_linear, seeded=False)
 
     def is_translated(row: Row) -> bool:
         return row["language"] == config.english or (row["language"], row["id"]) in given
 
     def of_seed(seed: int) -> dict[str, System]:
         by_stack, by_llm, by_encoder = _readers(job, made.parts, task, made.tuned[seed])
+        systems: dict[str, System] = {}
 
         def by_translating(translate: Translate) -> Predict:
             return lambda rows: by_llm(in_english(rows, config.english, translate))
@@ -214,22 +234,28 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
         def by_given(rows: Sequence[Row]) -> list[str]:
             return by_llm([given.get((row["language"], row["id"]), row) for row in rows])
 
-        systems = {
-            "mt_llm": System(by_stack, by_stack),
-            "llm_zero_shot": System(by_llm, by_llm, read_by_llm),
-            "mt_encoder": System(by_encoder, by_encoder),
-        }
+        systems["mt_llm"] = System(by_stack, by_stack)
+        systems["llm_zero_shot"] = System(by_llm, by_llm, read_by_llm)
+        if by_encoder is not None:
+            systems["mt_encoder"] = System(by_encoder, by_encoder)
         if given:
             # What its translations cost is not known here.
             systems["translate_test"] = System(by_given, None, is_translated)
         elif translation is not None and remembering is not None:
             cold = by_translating(translation)
             systems["translate_test"] = System(by_translating(remembering), cold)
-        if by_linear is not None:
-            systems["encoder_linear"] = System(by_linear, by_linear)
-        return systems
+        systems |= fixed
+        return {name: systems[name] for name in SYSTEMS if name in wanted and name in systems}
 
     return of_seed
+
+
+def _causal_llm(job: Job[MTLLM], made: Made) -> Llama:
+    """The LLM as it was pretrained: adapters that make it read both ways are none of it."""
+    if not job.config.llm_adapters:
+        return made.parts.llm
+    dtype = jnp.dtype(job.config.frozen_dtype)
+    return load_merged(made.llm_folder, (), dtype=dtype, mesh=job.mesh)
 
 
 def linear_baseline(job: Job[MTLLM], parts: stacking.Parts, task: Task) -> Predict:
@@ -299,8 +325,8 @@ def remembered(translate: Translate) -> Translate:
 
 def _readers(
     job: Job[MTLLM], parts: stacking.Parts, task: Task, tuned: Tuned
-) -> tuple[Predict, Predict, Predict]:
-    """Rows → labels, by the stack, by the task's teacher and by the MT encoder."""
+) -> tuple[Predict, Predict, Predict | None]:
+    """Rows → labels, by the stack, by the task's teacher and, if tuned, by the MT encoder."""
     config, limits = job.config, job.config.evaluation
 
     def runner(forward_and_state: Any, pad_id: int) -> Vectors:
@@ -319,17 +345,14 @@ def _readers(
         tuned.student.stack, causal=causal, dtype=dtype, num_choices=choices
     )
     llm_forward = stacking.llm_forward(config, tuned.teacher, choices)
-    encoder_forward = stacking.encoder_forward(config, tuned.mt_encoder.encoder, choices)
     by_stack = labels_by(runner(stack_forward, parts.source.pad_id), tuned.student.head, task)
     by_llm = labels_by(runner(llm_forward, parts.target.pad_id), tuned.teacher.head, task)
-    by_encoder = labels_by(
-        runner(encoder_forward, parts.source.pad_id), tuned.mt_encoder.head, task
-    )
-    return (
-        lambda rows: by_stack(source(rows)),
-        lambda rows: by_llm(target(rows)),
-        lambda rows: by_encoder(source(rows)),
-    )
+    by_encoder: Predict | None = None
+    if tuned.mt_encoder is not None:
+        encoder_forward = stacking.encoder_forward(config, tuned.mt_encoder.encoder, choices)
+        run = labels_by(runner(encoder_forward, parts.source.pad_id), tuned.mt_encoder.head, task)
+        by_encoder = lambda rows: run(source(rows))  # noqa: E731
+    return lambda rows: by_stack(source(rows)), lambda rows: by_llm(target(rows)), by_encoder
 
 
 def translator(config: MTLLM, folder: str, mesh: jax.sharding.Mesh) -> Translate:

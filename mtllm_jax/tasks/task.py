@@ -25,7 +25,8 @@ class Task:
     results.json), a second one named "unseen" stands beside it ("systems_unseen"). translated: test
     rows in English that are given as translations of others; by their language and id these are
     found. notes: what a reader of the results should know, a sentence each. dev: rows in English
-    that may decide on training; none where nothing asks for them.
+    that may decide on training; none where nothing asks for them. prompt: a template
+    (`tasks/prompt.py`) for these texts; "" = that of their kind.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Task:
     translated: Sequence[Row] = ()
     notes: tuple[str, ...] = ()
     dev: Sequence[Row] = ()
+    prompt: str = ""
 
     @property
     def num_choices(self) -> int:
