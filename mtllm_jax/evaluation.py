@@ -9,6 +9,7 @@ import pandas as pd
 
 from mtllm_jax import distributed, scores
 from mtllm_jax.metrics import Console, Progress
+from mtllm_jax.results import compared_languages, mean_over
 from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.tasks.task import TEXTS, Row, Task
 
@@ -49,7 +50,9 @@ def evaluate(
     that an earlier start has left are taken from there. Test labels are read here and nowhere else.
 
     Returns the part of results.json that is about systems: "metric", "majority", "systems", "cost"
-    (of the first seed's systems), and with a second test "majority_unseen" and "systems_unseen".
+    (of the first seed's systems), and with a second test "majority_unseen" and "systems_unseen";
+    where systems cover different languages "common": those that all cover, and the systems' means
+    over these.
     """
     answers: dict[str, list[pd.DataFrame]] = {}
     cost: dict[str, dict[str, float]] = {}
@@ -76,6 +79,11 @@ def evaluate(
             name: scores.entry([one[one["test"] == test] for one in by_seed], english)
             for name, by_seed in answers.items()
         }
+        entries = results[f"systems{suffix}"]
+        common, differ = compared_languages(list(entries.values()))
+        if differ:
+            means = {name: mean_over(entry, common) for name, entry in entries.items()}
+            results[f"common{suffix}"] = {"languages": common, "mean": means}
     return results | {"cost": cost}
 
 

@@ -20,6 +20,8 @@ from mtllm_jax.metrics import duration, number
 from mtllm_jax.results import (
     TEST_NAMES,
     Entry,
+    common_languages,
+    compared_languages,
     is_latin,
     language_name,
     languages_of,
@@ -212,7 +214,7 @@ class _Page:
             english = f" ({self.unit(mine['english'])} in English)" if mine["english"] else ""
             line = f"{start} {self.unit(mine['mean'])} on average over {where}{english}"
             versus = [
-                f"{self.difference(mine['mean'], entries[other]['mean'])} {system_name(other)}"
+                f"{self.difference(*self.compared(entries, other)[:2])} {system_name(other)}"
                 for other in entries
                 if other != self.subject
             ]
@@ -223,6 +225,17 @@ class _Page:
                 )
             lines.append((f"{self.heading(test)}." if len(self.tests) > 1 else "", line))
         return lines
+
+    def compared(self, entries: Mapping[str, Entry], other: str) -> tuple[float, float, int]:
+        """Means of the subject and of another system over the languages that both have, and how
+        many these are; their own means where there is none."""
+        both = entries[self.subject], entries[other]
+        codes = common_languages(both)
+        mine, theirs = (mean_over(entry, codes) for entry in both)
+        alike = both[0]["languages"].keys() == both[1]["languages"].keys()
+        if alike or mine is None or theirs is None:
+            return both[0]["mean"], both[1]["mean"], len(codes)
+        return mine, theirs, len(codes)
 
     def difference(self, mine: float, other: float) -> str:
         points = round((mine - other) * self.factor, 1)
@@ -247,9 +260,10 @@ class _Page:
             # The first test is the headline: only there is each baseline worth a card.
             for other in entries if len(cards) == 1 else ():
                 if other != self.subject:
-                    gain = (mine["mean"] - entries[other]["mean"]) * self.factor
-                    figure = f"{gain:+.1f}".replace("-", "−")
-                    title, note = f"against {system_name(other)}", "points, same languages"
+                    ours, theirs, count = self.compared(entries, other)
+                    figure = f"{(ours - theirs) * self.factor:+.1f}".replace("-", "−")
+                    title = f"against {system_name(other)}"
+                    note = f"points, same {count} languages" if count else "points, other languages"
                     cards.append({"title": title, "figure": figure, "note": note})
         cost = self.results.get("cost", {})
         if self.subject in cost and "translate_test" in cost:
@@ -332,21 +346,26 @@ class _Page:
     def summary(self, entries: Mapping[str, Entry], systems: Sequence[str]) -> list[dict[str, Any]]:
         """English, the mean, Latin script against the others, then scripts of several languages."""
         rows = [self.row("English", "", [entries[name]["english"] for name in systems], entries)]
-        means = self.row(
-            "all languages", len(self.languages), [entries[n]["mean"] for n in systems], entries
-        )
+        common, differ = compared_languages(list(entries.values()))
+        if differ:
+            values = [mean_over(entries[name], common) for name in systems]
+            shared = self.row("languages in common", len(common), values, entries)
+            rows.append(shared | {"strong": True})
+        label, count = ("its own languages", "") if differ else ("all languages", len(common))
+        means = self.row(label, count, [entries[n]["mean"] for n in systems], entries)
         for cell, name in zip(means["cells"], systems, strict=True):
             std = entries[name].get("std")
             cell["spread"] = "" if std is None else f"± {self.shown(std)}"
-        rows.append(means | {"strong": True})
+        rows.append(means | {"strong": not differ})
+        common_too = [code for code in self.languages if code in common]
         groups = {
-            "Latin script": [code for code in self.languages if is_latin(code)],
-            "other scripts": [code for code in self.languages if not is_latin(code)],
+            "Latin script": [code for code in common_too if is_latin(code)],
+            "other scripts": [code for code in common_too if not is_latin(code)],
         }
         if not all(groups.values()):
             groups = {}
-        for script in sorted({script_name(code) for code in self.languages} - {"", "Latin"}):
-            codes = [code for code in self.languages if script_name(code) == script]
+        for script in sorted({script_name(code) for code in common_too} - {"", "Latin"}):
+            codes = [code for code in common_too if script_name(code) == script]
             if len(codes) > 1:
                 groups[script] = codes
         for label, codes in groups.items():

@@ -21,6 +21,14 @@ SYSTEM_NAMES = {
     "translate_test": "Translate-test",
     "llm_prompted": "LLM prompted",
 }
+# Above the columns of a terminal's table: words that are short.
+_HEADINGS = {
+    "mt_llm": "MT-LLM stacked",
+    "mt_encoder": "MT encoder",
+    "encoder_linear": "frozen encoder",
+    "translate_test": "translate test",
+    "translate_train": "translate train",
+}
 TEST_NAMES = {"systems": "A: seen names, new pairs", "systems_unseen": "B: unseen names"}
 
 # A system of results.json: {"english", "mean", "languages"}, and as `scores.entry` makes it
@@ -71,6 +79,23 @@ def mean_over(entry: Entry, codes: Iterable[str]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
+def common_languages(entries: Sequence[Entry]) -> list[str]:
+    """Codes that every system has a value for, in the order of the first one's."""
+    return [
+        code
+        for code in entries[0]["languages"]
+        if all(entry["languages"].get(code) is not None for entry in entries)
+    ]
+
+
+def compared_languages(entries: Sequence[Entry]) -> tuple[list[str], bool]:
+    """The languages that means of a test's systems are compared over, and whether some system has
+    others too: those common to all, or where there are none, all there are."""
+    every = {code for entry in entries for code in entry["languages"]}
+    common = common_languages(entries) or sorted(every)
+    return common, len(common) < len(every)
+
+
 def half_interval(entry: Entry) -> float | None:
     """Half the width of the 95 % interval of a system's mean; None where there is none."""
     interval = entry.get("interval")
@@ -119,17 +144,17 @@ def results_table(
 ) -> RenderableType:
     """results.json as tables of at most `width` columns, and of a run what one can do next.
 
-    A column a system, a row a language; where there are two tests a cell holds both, A before B.
-    Systems that do not fit beside the others go to a further table. Beside what every results.json
+    A column a system, a row a language; where there are two tests a cell holds both, A before B, or
+    if the systems do not fit so, each test has a table. Those that still do not fit beside the
+    others go to a further one. Beside what every results.json
     has, "majority_unseen" (of test B) and "cost" ({system: {"sequences_per_second": x}}) are shown
     when there.
     """
-    systems = systems_of(results)
-    label_width = max([20, *(len(_label(code)) for code in languages_of(results))])
-    column_width = max(_column_width(results, system) for system in systems)
-    beside = max(1, (width - label_width - 4) // (column_width + 3))
+    tests = list(tests_of(results))
+    whole = [(tests, systems) for systems in _beside(results, tests, width)]
+    each = [([test], systems) for test in tests for systems in _beside(results, [test], width)]
     parts: list[RenderableType] = [
-        _table(results, systems[start : start + beside]) for start in range(0, len(systems), beside)
+        _table(results, *chosen) for chosen in (whole if len(whole) == 1 else each)
     ]
     if run_folder is None:
         return Group(*parts, *_notes(results))
@@ -141,9 +166,27 @@ def results_table(
     return Group(*parts, *_notes(results), Text(), Text("What next", style="bold"), *steps)
 
 
-def _column_width(results: Mapping[str, Any], system: str) -> int:
-    """Six columns a test; more where the system's name has a longer word."""
-    return max(6 * len(tests_of(results)), *(len(word) for word in system_name(system).split()))
+def _beside(results: Mapping[str, Any], tests: Sequence[str], width: int) -> list[list[str]]:
+    """The systems of some tests, cut into those whose columns fit beside each other."""
+    label_width = max([20, *(len(_label(code)) for code in languages_of(results))])
+    tables: list[list[str]] = [[]]
+    room = whole = width - label_width - 4
+    for system in (name for name in systems_of(results) if any(name in results[t] for t in tests)):
+        room -= _column_width(system, tests) + 2
+        if room < 0 and tables[-1]:
+            tables.append([])
+            room = whole - _column_width(system, tests) - 2
+        tables[-1].append(system)
+    return tables
+
+
+def _heading(system: str) -> str:
+    return _HEADINGS.get(system, system_name(system))
+
+
+def _column_width(system: str, tests: Sequence[str]) -> int:
+    """Six columns a test; more where the heading has a longer word."""
+    return max(6 * len(tests), *(len(word) for word in _heading(system).split()))
 
 
 def _label(code: str) -> str:
@@ -151,19 +194,27 @@ def _label(code: str) -> str:
     return name if name == code else f"{name} {code}"
 
 
-def _table(results: Mapping[str, Any], systems: Sequence[str]) -> Table:
-    factor, tests, languages = percent_factor(results), tests_of(results), languages_of(results)
+def _table(results: Mapping[str, Any], shown: Sequence[str], systems: Sequence[str]) -> Table:
+    """shown: the tests of it."""
+    factor, languages = percent_factor(results), languages_of(results)
+    tests = {test: results[test] for test in shown}
+    alone = len(tests) < len(tests_of(results))
+    title = f"{results['task']}, {TEST_NAMES[shown[0]]}" if alone else results["task"]
     table = Table(
-        title=results["task"], title_style="bold", title_justify="left", box=rich.box.SIMPLE_HEAD
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
     )
     table.add_column("")
     letters = "".join(f"{TEST_NAMES[test][0]:>6}" for test in tests) if len(tests) > 1 else ""
     for system in systems:
         table.add_column(
-            f"{system_name(system)}\n{letters}".rstrip(),
+            f"{_heading(system)}\n{letters}".rstrip(),
             justify="right",
             vertical="bottom",
-            width=_column_width(results, system),
+            width=_column_width(system, shown),
         )
 
     def row(label: str, pick: Callable[[Entry], float | None], compare: bool = True) -> None:
@@ -178,7 +229,13 @@ def _table(results: Mapping[str, Any], systems: Sequence[str]) -> Table:
         table.add_row(label, *cells)
 
     row("English", lambda entry: entry["english"])
-    row(f"mean of {len(languages)} languages", lambda entry: entry["mean"])
+    # Of all systems, those of further tables too, so that their rows say one thing.
+    common, differ = compared_languages([e for there in tests.values() for e in there.values()])
+    if differ:
+        row(f"mean of {len(common)} in common", lambda entry: mean_over(entry, common))
+        row("mean of its own", lambda entry: entry["mean"], compare=False)
+    else:
+        row(f"mean of {len(languages)} languages", lambda entry: entry["mean"])
     entries = [entry for systems_there in tests.values() for entry in systems_there.values()]
     if any(entry.get("interval") for entry in entries):
         row("± 95 %, over rows", half_interval, compare=False)
@@ -187,9 +244,10 @@ def _table(results: Mapping[str, Any], systems: Sequence[str]) -> Table:
     if any("macro_f1" in entry for entry in entries):
         row("macro-F1, mean", lambda entry: entry.get("macro_f1", {}).get("mean"), compare=False)
     groups = [[code for code in languages if is_latin(code) == latin] for latin in (True, False)]
-    if all(groups):
-        row("mean, Latin script", lambda entry: mean_over(entry, groups[0]))
-        row("mean, other scripts", lambda entry: mean_over(entry, groups[1]))
+    if all(set(group) & set(common) for group in groups):
+        latin, other = ([code for code in group if code in common] for group in groups)
+        row("mean, Latin script", lambda entry: mean_over(entry, latin))
+        row("mean, other scripts", lambda entry: mean_over(entry, other))
     for group in filter(None, groups):
         table.add_section()
         for code in group:

@@ -319,3 +319,32 @@ def test_std_of_one_system_only(tmp_path):
     assert "over seeds" not in report(tmp_path, results).text
     assert "over seeds" not in printed(results)
     assert not math.isnan(results["systems"]["mt_llm"]["mean"])
+
+
+def test_seven_systems_fit_and_means_are_over_the_languages_in_common(tmp_path):
+    results = fake_results.results(seeds=1)
+    for test in ("systems", "systems_unseen"):
+        there = results[test]
+        for name in ("translate_train", "llm_prompted", "encoder_linear"):
+            there[name] = dict(there["mt_encoder"])
+        few = {code: there["llm_zero_shot"]["languages"][code] for code in ("deu_Latn", "tha_Thai")}
+        there["llm_zero_shot"] = there["llm_zero_shot"] | {
+            "languages": few, "mean": sum(few.values()) / 2,
+        }  # fmt: skip
+    text = printed(results).split("What next")[0]
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("zero-shot") == text.count("Thai tha_Thai") == 2  # a table for each test
+    rows = [line for line in reversed(text.splitlines()) if line.startswith("  ") and line.strip()]
+    lines = {line.split("  ")[1]: line.split() for line in rows}
+    means = []
+    for entry in results["systems"].values():
+        both = [entry["languages"][code] for code in ("deu_Latn", "tha_Thai")]
+        means.append(shown(sum(both) / 2))
+    assert lines["mean of 2 in common"][5:] == means
+    assert lines["mean of its own"][4:] == [shown(e["mean"]) for e in results["systems"].values()]
+    assert lines["Greek ell_Grek"][3] == "–"
+    page = report(tmp_path, results)
+    rows = {row[0]: row[1:] for row in page.rows["systems"]}
+    assert rows["languages in common 2"] == means
+    assert rows["its own languages"] == [shown(e["mean"]) for e in results["systems"].values()]
+    assert "points, same 2 languages" in page.text and "points, same 24 languages" in page.text
