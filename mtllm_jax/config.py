@@ -245,6 +245,14 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class TextObjective(Objective):
+    """The same where both sides read the same text."""
+
+    # Mean squared error of the states of tokens of both sides that end at the same character.
+    per_token: float = 0.0
+
+
+@dataclass(frozen=True)
 class TaskObjective(Objective):
     """The same where the task has a head."""
 
@@ -262,7 +270,7 @@ class Adaptation:
     """Stage 1: the stack learns the LLM's pooled state of English text."""
 
     training: Training  # 0 steps: the stage is left out, the stack begins the task as it was made
-    objective: Objective = Objective()
+    objective: TextObjective = TextObjective()
     noise_position: float = 0.0  # std of Gaussian noise on the encoder output, per position
     noise_text: float = 0.0  # the same, one draw per text
     subword_sampling: float = 0.0  # sentencepiece's alpha for the encoder side; 0 = none
@@ -281,6 +289,9 @@ class Adaptation:
         weights = self.mixture
         require(all(w > 0 for w in weights), "adaptation.mixture", weights, "weights above 0")
         require(self.dev_texts >= 1, "adaptation.dev_texts", self.dev_texts, "at least 1")
+        if self.objective.per_token:
+            why = "0 with adaptation.objective.per_token, as sampled pieces do not tell their place"
+            require(not alpha, "adaptation.subword_sampling", alpha, why)
 
 
 @dataclass(frozen=True)
@@ -532,6 +543,11 @@ class MTLLM:
         require(layers >= 0, "encoder_layers", layers, "0 (all are frozen) or above")
         context = self.mesh.context
         require(stride == 1 or context == 1, "bridge.stride", stride, "1 where mesh.context is not")
+        if self.adaptation.objective.per_token:
+            why = (
+                "1 with adaptation.objective.per_token, which compares the encoder's own positions"
+            )
+            require(stride == 1, "bridge.stride", stride, why)
         lora = self.lora
         require(lora.rank >= 1, "lora.rank", lora.rank, "at least 1")
         require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "from 0 to below 1")

@@ -1,6 +1,7 @@
 """What each stage minimises. Every loss is a (sum, count): they are divided once, at the very end.
 
-B rows, N texts packed in a row, M = B · N, D width, C classes.
+B rows, N texts packed in a row, M = B · N, S positions of the student, T of the teacher, D width,
+C classes.
 """
 
 from collections.abc import Mapping
@@ -78,6 +79,36 @@ def contrastive(
     scores_MM = jnp.where(valid_M[None], scores_MM, jnp.finfo(jnp.float32).min)
     loss_M = -jnp.diagonal(jax.nn.log_softmax(scores_MM, axis=1))
     return jnp.sum(jnp.where(valid_M, loss_M, 0.0)), jnp.sum(valid_M.astype(jnp.float32))
+
+
+def per_token(
+    student_BSD: Array,
+    teacher_BTD: Array,
+    aligned_BS: Array,
+    source_segments_BS: Array,
+    target_segments_BT: Array,
+    valid_BN: Array,
+) -> tuple[Array, Array]:
+    """Mean squared error over D of the states of aligned tokens, their mean in each text, summed
+    over texts; one without any counts as 0.
+
+    aligned_BS: at each source position the number, from 1, of the token of its text's target that
+    it is compared with, or 0.
+    """
+    N = valid_BN.shape[1]
+    texts_N = jnp.arange(1, N + 1)[None, :, None]
+    start_BN = jnp.argmax(target_segments_BT[:, None] == texts_N, axis=2)
+    start_BS = jnp.take_along_axis(start_BN, jnp.maximum(source_segments_BS - 1, 0), axis=1)
+    is_aligned_BS = (aligned_BS > 0) & (source_segments_BS > 0)
+    place_BS = jnp.where(is_aligned_BS, start_BS + aligned_BS - 1, 0)
+    wanted_BSD = jnp.take_along_axis(teacher_BTD, place_BS[:, :, None], axis=1)
+    difference_BSD = student_BSD.astype(jnp.float32) - wanted_BSD.astype(jnp.float32)
+    error_BS = jnp.mean(jnp.square(difference_BSD), axis=-1)
+    member_BNS = (source_segments_BS[:, None] == texts_N) & is_aligned_BS[:, None]
+    sums_BN = jnp.einsum("bns,bs->bn", member_BNS.astype(jnp.float32), error_BS)
+    error_BN = sums_BN / jnp.maximum(jnp.sum(member_BNS, axis=2), 1)
+    valid_BN = valid_BN.astype(jnp.float32)
+    return jnp.sum(error_BN * valid_BN), jnp.sum(valid_BN)
 
 
 def logits_kl(

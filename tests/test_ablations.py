@@ -5,11 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
+import reduced
+import test_task_run
 import tiny
 from flax import nnx
 
 from mtllm_jax import config as c
+from mtllm_jax.metrics import read_metrics
 from mtllm_jax.models.bert import Bert, BertConfig
 from mtllm_jax.models.bridge import shortened, windows
 from mtllm_jax.models.nllb import NLLB
@@ -21,7 +25,7 @@ CHANGED = tiny.settings(
     trained="bridge",
     bridge=c.Bridge(hidden=24, stride=3),
     encoder_layers=1,
-    adaptation=c.Adaptation(training=tiny.TRAINING, objective=c.Objective(**ALL_TERMS)),
+    adaptation=c.Adaptation(training=tiny.TRAINING, objective=c.TextObjective(**ALL_TERMS)),
     distillation=c.Distillation(
         training=tiny.TRAINING,
         start="stage1",
@@ -70,13 +74,24 @@ def test_windows_are_of_one_text_each(stride):
 # ---------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("make", [tiny.adaptation, tiny.distillation])
-def test_packed_equals_one_text_a_row(make):
+# What compares the encoder's own positions, which a bridge that shortens texts does not keep.
+PER_TOKEN = dataclasses.replace(
+    CHANGED,
+    bridge=c.Bridge(hidden=24),
+    adaptation=c.Adaptation(tiny.TRAINING, c.TextObjective(**ALL_TERMS, per_token=0.5)),
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "term"),
+    [(tiny.adaptation, PER_TOKEN, "per_token"), (tiny.distillation, CHANGED, "logits_kl")],
+    ids=["adaptation", "distillation"],
+)
+def test_packed_equals_one_text_a_row(make, config, term):
     """Losses, every term of them and gradients; the texts of a batch are the same negatives."""
-    stage = make(CHANGED)
+    stage = make(config)
     wanted = stage(stage.batch(packing=False))
-    terms = {"loss", "fvu", "mse", "cosine", "contrastive"}
-    assert set(wanted[1]) == terms | ({"logits_kl"} if make is tiny.distillation else set())
+    assert set(wanted[1]) == {"loss", "fvu", "mse", "cosine", "contrastive", term}
     assert all(np.all(np.isfinite(x)) and np.any(x) for x in jax.tree.leaves(wanted))
     for batch in (stage.batch(packing=True), stage.batch(packing=False, shift=3)):
         tiny.assert_close_trees(stage(batch), wanted)
@@ -165,17 +180,25 @@ def test_layers_that_are_freed_do_what_they_did(make, num):
             {"bridge": c.Bridge(stride=2), "mesh": c.Mesh(context=2)},
             "bridge.stride is 2; it must be 1 where mesh.context is not",
         ),
+        (
+            {"bridge": c.Bridge(stride=2), "adaptation": PER_TOKEN.adaptation},
+            "bridge.stride is 2; it must be 1 with adaptation.objective.per_token",
+        ),
+        (
+            {"adaptation": dataclasses.replace(PER_TOKEN.adaptation, subword_sampling=0.1)},
+            "adaptation.subword_sampling is 0.1; it must be 0 with",
+        ),
         ({"encoder_layers": -1}, "encoder_layers is -1"),
         (
             {"encoder_layers": 1, "frozen_dtype": "int8", "trained": "lora"},
             "encoder_layers is 1; it must be 0 with frozen_dtype 'int8'",
         ),
         (
-            {"adaptation": c.Adaptation(tiny.TRAINING, c.Objective(mse=0.0))},
+            {"adaptation": c.Adaptation(tiny.TRAINING, c.TextObjective(mse=0.0))},
             "adaptation.objective is .* at least one weight above 0",
         ),
         (
-            {"adaptation": c.Adaptation(tiny.TRAINING, c.Objective(cosine=-1.0))},
+            {"adaptation": c.Adaptation(tiny.TRAINING, c.TextObjective(cosine=-1.0))},
             "adaptation.objective.cosine is -1.0; it must be 0",
         ),
         (
@@ -192,3 +215,54 @@ def test_settings_that_cannot_be(changes, message):
 def test_stage_1_may_have_no_steps():
     training = dataclasses.replace(tiny.TRAINING, steps=0)
     assert tiny.settings(adaptation=c.Adaptation(training)).adaptation.training.steps == 0
+
+
+# ---------------------------------------------------------------- whole runs
+
+OTHER_OBJECTIVES = {
+    "trained": "bridge",
+    "bridge.hidden": 48,
+    "encoder_layers": 1,
+    "adaptation.objective.cosine": 0.5,
+    "adaptation.objective.contrastive": 0.1,
+    "adaptation.objective.per_token": 0.1,
+    "distillation.objective.logits_kl": 1.0,
+}
+NO_STAGE_1 = {
+    "trained": "lora",
+    "bridge.stride": 2,
+    "bidirectional": False,
+    "distillation.start": "stage1",
+    "distillation.objective.mse": 0.0,
+    "distillation.objective.cosine": 1.0,
+}
+STEPS = {f"{stage}.steps": 2 for stage in ("teacher", "distillation.training", "mt_encoder")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "steps"), [(OTHER_OBJECTIVES, 2), (NO_STAGE_1, 0)], ids=["objectives", "no stage 1"]
+)
+def test_a_run_and_its_export(fields, steps, mini_run, tmp_path):
+    """Two steps of each stage, or none of the first; PyTorch says what the run did."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="the reference is torch")
+    fields = {**reduced.own_fields(tmp_path, mini_run), **STEPS, **fields}
+    fields["adaptation.training.steps"] = steps
+    arguments = (*reduced.ARGUMENTS, *reduced.flags(fields), "--workdir=run")
+    done = reduced.train(*arguments, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    run = tmp_path / "run"
+    metrics = run / "adaptation" / "metrics.jsonl"
+    if steps:
+        assert {"loss", "fvu", "mse", "cosine", "contrastive", "per_token"} <= set(
+            read_metrics(metrics)
+        )
+        learnt = read_metrics(run / "distillation" / "metrics.jsonl")
+        assert {"loss", "fvu", "mse", "logits_kl"} <= set(learnt) and learnt["fvu"].gt(0).all()
+    else:
+        assert not metrics.exists()
+    frame = pd.read_json(run / "predictions" / "mt_llm.jsonl", lines=True)
+    model = test_task_run.exported(tmp_path, transformers.AutoModelForSequenceClassification)
+    shares = model.classify(frame["text"].tolist(), frame["language"].tolist())
+    assert [next(iter(share)) for share in shares] == frame["prediction"].tolist()

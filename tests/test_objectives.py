@@ -15,6 +15,7 @@ from mtllm_jax.objectives import (
     likeness,
     logits_kl,
     next_tokens,
+    per_token,
 )
 
 B, N, D, C = 3, 4, 5, 3
@@ -45,6 +46,21 @@ def test_pooled_mse_and_the_variance_it_leaves():
 def _fvu(s, t):
     """Σ|s − t|² ÷ Σ|t − mean t|²."""
     return ((s - t) ** 2).sum() / (np.var(t, axis=0).sum() * len(t))
+
+
+def test_micro_batches_are_their_whole_batch():
+    """Sums over parts of a batch are those of all, but where texts are each other's negatives."""
+    student, teacher = states(0), states(1)
+    weights = TaskObjective(mse=0.5, cosine=2.0, logits_kl=3.0).weights()
+
+    def terms(rows):
+        parts = student[rows], teacher[rows], VALID[rows]
+        return likeness(*parts, weights, 0.05, {"logits_kl": logits_kl(*parts, 1.0)})
+
+    parts, whole = (terms(slice(0, 1)), terms(slice(1, 3))), terms(slice(0, 3))
+    for name in ("loss", "mse", "cosine", "logits_kl"):
+        total = [sum(float(part[name][i]) for part in parts) for i in (0, 1)]
+        np.testing.assert_allclose(total, whole[name], rtol=1e-6)
 
 
 def test_fvu_of_the_mean_is_one_and_of_the_teacher_zero():
@@ -104,6 +120,28 @@ def test_kl_of_logits():
     total, count = logits_kl(student, teacher, rows, 1.0, across=True)
     np.testing.assert_allclose(total / count, (np.exp(p) * (p - q)).sum(1).mean(), rtol=1e-5)
     assert count == 2 * N
+
+
+def test_per_token():
+    """Against a loop over texts and their tokens; one text has no pair, padding is of none."""
+    student, teacher = states(0), np.concatenate([states(1), states(2)], axis=1)  # 4 and 8 long
+    source = np.array([[1, 1, 2, 2], [0, 1, 2, 3], [0, 0, 0, 0]], np.int32)
+    target = np.array([[1, 1, 1, 2, 2, 0, 0, 0], [0, 1, 2, 2, 3, 3, 3, 0], [0] * 8], np.int32)
+    aligned = np.array([[3, 1, 0, 2], [1, 0, 2, 3], [0, 0, 0, 0]], np.int32)
+    valid, wanted = np.zeros((B, N), bool), 0.0
+    for row in range(B):
+        for text in range(1, N + 1):
+            of_text = teacher[row][target[row] == text]
+            pairs = [
+                (student[row, i], of_text[aligned[row, i] - 1])
+                for i in range(4)
+                if source[row, i] == text and aligned[row, i]
+            ]
+            valid[row, text - 1] = len(of_text) > 0
+            if pairs:
+                wanted += np.mean([np.mean((s - t) ** 2) for s, t in pairs])
+    got = per_token(student, teacher, aligned, source, target, valid)
+    np.testing.assert_allclose(got, (wanted, 5), rtol=1e-6)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms():

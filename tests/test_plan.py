@@ -90,7 +90,9 @@ def test_published_llms_have_their_number_of_weights(name, millions):
     assert sum(x.size for x in shapes) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if "mini" not in name and name != "e5-smollm2"])
+@pytest.mark.parametrize(
+    "recipe", [name for name in RECIPES if "mini" not in name and name != "e5-smollm2"]
+)
 def test_a_recipe_is_planned_with_the_llm_it_is_named_for(recipe):
     found = sizes.llm_sizes(RECIPES[recipe](), "")
     assert found == next(sizes.LLMS[n] for n in sizes.LLMS if n.split("-")[0] in recipe)

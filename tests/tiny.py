@@ -26,8 +26,8 @@ from mtllm_jax.models.stack import classification_head
 from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.train import Objective
 
-PAD_IDS = {"source": 1, "target": 0}
-LENGTHS = {"source": 16, "target": 12}
+PAD_IDS = {"source": 1, "target": 0, "aligned": 0}
+LENGTHS = {"source": 16, "target": 12, "aligned": 16}
 VOCAB, CLASSES, NUM_TEXTS, MOST_TEXTS = 48, 3, 24, 6
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 ENCODER = NLLBConfig(
@@ -166,7 +166,13 @@ def adaptation(config: c.MTLLM) -> Stage:
     teacher_graph, teacher = nnx.split(llm)
     objective = stacking.adaptation_objective(config, graph, teacher_graph)
     frozen = stacking.adaptation_frozen(config, frozen, teacher)
-    return Stage(graph, trainable, frozen, objective, texts("source", "target"), {})
+    read = texts("source", "target")
+    if config.adaptation.objective.per_token:
+        rng = np.random.default_rng(10)
+        for text in read:
+            numbers = rng.integers(0, len(text["target"]) + 1, len(text["source"]))
+            text["aligned"] = numbers.astype(np.int32)
+    return Stage(graph, trainable, frozen, objective, read, {})
 
 
 def teacher(config: c.MTLLM) -> Stage:

@@ -25,6 +25,10 @@ _WINDOW = 10_000  # texts packed together at most: more fill better, and take mo
 _INT = "<i4"
 _SIDES = {"source": "encoder side", "target": "LLM side"}
 
+# A stream beside them: for each source token the number, from 1, of the token of its text's target
+# that ends where it does, or 0.
+ALIGNED = "aligned"
+
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
@@ -87,9 +91,13 @@ class Rows:
 
     @property
     def fill(self) -> dict[str, float]:
-        """Useful positions ÷ all positions, by stream."""
-        tokens = self.counts.tokens
-        return {name: tokens[name] / (len(self) * length) for name, length in self.lengths.items()}
+        """Useful positions ÷ all positions, of each side that there is."""
+        tokens, lengths = self.counts.tokens, self.lengths
+        return {
+            name: tokens[name] / (len(self) * length)
+            for name, length in lengths.items()
+            if name in _SIDES
+        }
 
     def notes(self) -> dict[str, Any]:
         """The counts and the fill, for JSON."""

@@ -28,7 +28,14 @@ from mtllm_jax.data.packing import Counts, Rows
 from mtllm_jax.data.pipeline import begin_worker
 from mtllm_jax.data.prepared import MANIFEST, Prepared, shard_name
 from mtllm_jax.data.texts import Texts
-from mtllm_jax.data.tokenise import Ids, SourceTokenizer, TargetTokenizer, encode_cut
+from mtllm_jax.data.tokenise import (
+    Ids,
+    Marked,
+    SourceTokenizer,
+    TargetTokenizer,
+    aligned,
+    encode_cut,
+)
 from mtllm_jax.runfolder import differing_fields, write_json
 from mtllm_jax.schema import to_dict
 
@@ -55,28 +62,35 @@ class Maker:
     samplings: int
     seed: int
     mixture: tuple[float, ...] = ()  # weights of the texts' sources; () = by their sizes
+    per_token: bool = False  # whether rows tell which tokens of both sides end together
 
     @property
     def lengths(self) -> dict[str, int]:
-        return {"source": self.source_length, "target": self.target_length}
+        beside = {packing.ALIGNED: self.source_length} if self.per_token else {}
+        return {"source": self.source_length, "target": self.target_length} | beside
 
     @property
     def pad_ids(self) -> dict[str, int]:
-        return {"source": self.source.pad_id, "target": self.target.pad_id}
+        beside = {packing.ALIGNED: 0} if self.per_token else {}
+        return {"source": self.source.pad_id, "target": self.target.pad_id} | beside
 
     def window(self, window: Window) -> tuple[list[bytes], Counts]:
         """Tokenise and pack one window. Texts with nothing in them for one side are left out."""
         place, texts, numbers = window
-        sources, cut_sources = encode_cut(
-            self._encode_source(place), texts, self.source_length, len
-        )
-        targets, cut_targets = encode_cut(self._encode_target, texts, self.target_length, len)
+        if self.per_token:
+            sides, (cut_sources, cut_targets) = self._encode_aligned(texts)
+        else:
+            sources, cut_sources = encode_cut(
+                self._encode_source(place), texts, self.source_length, len
+            )
+            targets, cut_targets = encode_cut(self._encode_target, texts, self.target_length, len)
+            sides = {"source": sources, "target": targets}
         # What stands around every text, a language or BOS, is no text.
         frames = self.source.encode([""], self.english) + self.target.encode([""])
         kept = [
             i
-            for i, sides in enumerate(zip(sources, targets, strict=True))
-            if all(len(ids) > len(frame) for ids, frame in zip(sides, frames, strict=True))
+            for i, both in enumerate(zip(sides["source"], sides["target"], strict=True))
+            if all(len(ids) > len(frame) for ids, frame in zip(both, frames, strict=True))
         ]
         counts = Counts(
             texts=len(texts),
@@ -86,7 +100,7 @@ class Maker:
         if not kept:
             return [], counts
         records, packed = packing.pack_window(
-            [{"source": sources[i], "target": targets[i]} for i in kept],
+            [{stream: ids[i] for stream, ids in sides.items()} for i in kept],
             numbers[kept],
             self.lengths,
             packing=self.packing,
@@ -102,6 +116,30 @@ class Maker:
 
     def _encode_target(self, texts: Sequence[str], length: int) -> Ids:
         return self.target.encode(texts, max_length=length)
+
+    def _encode_aligned(self, texts: Sequence[str]) -> tuple[dict[str, Ids], tuple[int, int]]:
+        """Both sides and what of them ends together; how many texts were cut on each."""
+
+        def source(texts: Sequence[str], length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+            return _zipped(self.source.encode_ends(texts, self.english, max_length=length))
+
+        def target(texts: Sequence[str], length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+            return _zipped(self.target.encode_ends(texts, max_length=length))
+
+        def size(text: tuple[np.ndarray, np.ndarray]) -> int:
+            return len(text[0])
+
+        sources, cut_sources = encode_cut(source, texts, self.source_length, size)
+        targets, cut_targets = encode_cut(target, texts, self.target_length, size)
+        sides = {
+            "source": [ids for ids, _ in sources],
+            "target": [ids for ids, _ in targets],
+            packing.ALIGNED: [
+                aligned(ours, theirs)
+                for (_, ours), (_, theirs) in zip(sources, targets, strict=True)
+            ],
+        }
+        return sides, (cut_sources, cut_targets)
 
     def fitted(self, texts: AnyTexts) -> "Maker":
         """The same with lengths in the ratio of the texts' tokens, judged by the first window."""
@@ -142,7 +180,12 @@ def maker_of(config: MTLLM, source: SourceTokenizer, target: TargetTokenizer, se
         samplings=adaptation.samplings,
         seed=seed,
         mixture=adaptation.mixture,
+        per_token=adaptation.objective.per_token > 0,
     )
+
+
+def _zipped(marked: Marked) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(zip(*marked, strict=True))
 
 
 def _fingerprint(tokenizer: SourceTokenizer | TargetTokenizer, ids: Ids) -> str:

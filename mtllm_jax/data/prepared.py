@@ -18,11 +18,11 @@ from typing import Any
 import grain
 from etils import epath
 
-from mtllm_jax.data.packing import Counts, Rows
+from mtllm_jax.data.packing import ALIGNED, Counts, Rows
 from mtllm_jax.runfolder import read_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 # What decides the rows of a text, as the manifest names it, and the config's field.
 _FIELDS = {
@@ -33,6 +33,7 @@ _FIELDS = {
     "legacy_source_order": "legacy_source_order",
     "subword_sampling": "adaptation.subword_sampling",
     "samplings": "adaptation.samplings",
+    "per_token": "adaptation.objective.per_token above 0:",
 }
 _TOKENIZERS = {"source_tokenizer": "encoder", "target_tokenizer": "llm"}
 
@@ -42,6 +43,7 @@ _COUNTS = {"texts": int, "dropped": int, "truncated": _SIDES, "rows": int, "toke
 _MADE_FROM = dict.fromkeys((*_FIELDS, *_TOKENIZERS), object) | {
     "source_length": int,
     "target_length": int,
+    "per_token": bool,
     "pad_ids": _SIDES,
 }
 _SHARD = {
@@ -112,7 +114,8 @@ class Prepared:
                     for i, shard in enumerate(shards)
                 ]
             ),
-            lengths={side: made_from[f"{side}_length"] for side in ("source", "target")},
+            lengths={side: made_from[f"{side}_length"] for side in ("source", "target")}
+            | ({ALIGNED: made_from["source_length"]} if made_from["per_token"] else {}),
             pad_ids=made_from["pad_ids"],
             most_texts=max(shard["most_texts"] for shard in shards),
             counts=self.counts,

@@ -93,6 +93,20 @@ def encode_cut(
     return rows, len(long)
 
 
+def aligned(source_ends: np.ndarray, target_ends: np.ndarray) -> np.ndarray:
+    """For each token of one side the number, from 1, of the other's that ends at the same place.
+
+    source_ends, target_ends: of `encode_ends`, of one text. 0 where none does. Of several that end
+    there, as the bytes of one character may, the last stand for it on both sides.
+    """
+    numbers = {end: i for i, end in enumerate(target_ends.tolist(), 1) if end}
+    places = {end: i for i, end in enumerate(source_ends.tolist()) if end}
+    result = np.zeros(len(source_ends), np.int32)
+    for end, place in places.items():
+        result[place] = numbers.get(end, 0)
+    return result
+
+
 class _Tokenizer:
     """What all share: a transformers tokenizer, encoding in batches, decoding."""
 
@@ -141,6 +155,22 @@ class _Tokenizer:
             rows = self._encode_batch(texts, text_pairs, max_length)
         return [np.array(row, np.int32) for row in rows]
 
+    def _encode_ends(self, texts: Sequence[str], max_length: int | None) -> Marked:
+        """Ids as `_encode` has them, and where in its text each token ends."""
+        if self._backend is None:
+            raise ValueError(
+                f"{self._folder} has no tokenizer.json, which tells where tokens lie in a text"
+            )
+        with self._lock:
+            self._truncate(max_length)
+            encoded = self._backend.encode_batch(list(texts))
+        ids = [np.array(encoding.ids, np.int32) for encoding in encoded]
+        ends = [
+            np.array([end if end > start else 0 for start, end in encoding.offsets], np.int32)
+            for encoding in encoded
+        ]
+        return ids, ends
+
     def _encode_choices(self, rows: Sequence[Row], max_length: int | None) -> Marked:
         """Rows of multiple choice, each as one text of its context, question and choices."""
         if self._backend is None:
@@ -168,12 +198,15 @@ class _Tokenizer:
         self, texts: Sequence[str], text_pairs: Sequence[str] | None, max_length: int | None
     ) -> list[list[int]]:
         """By the backend itself: transformers' own call takes many times as long."""
+        self._truncate(max_length)
+        batch = list(texts) if text_pairs is None else list(zip(texts, text_pairs, strict=True))
+        return [encoding.ids for encoding in self._backend.encode_batch(batch)]
+
+    def _truncate(self, max_length: int | None) -> None:
         if max_length is None:
             self._backend.no_truncation()
         else:
             self._backend.enable_truncation(max_length)
-        batch = list(texts) if text_pairs is None else list(zip(texts, text_pairs, strict=True))
-        return [encoding.ids for encoding in self._backend.encode_batch(batch)]
 
 
 class SourceTokenizer(_Tokenizer):
@@ -247,6 +280,18 @@ class SourceTokenizer(_Tokenizer):
             check_language(code, self.languages)
         ids, marks = self._encode_choices(rows, max_length)
         return self._told(ids, codes), marks
+
+    def encode_ends(
+        self, texts: Sequence[str], language: str, *, max_length: int | None = None
+    ) -> Marked:
+        """Token ids of each text in a language, as `encode`, and at each token where in the text it
+        ends: the number of characters before that, 0 for what is no part of it.
+
+        ValueError as `encode`, and for a tokenizer without a tokenizer.json.
+        """
+        check_language(language, self.languages)
+        ids, ends = self._encode_ends(texts, max_length)
+        return self._told(ids, [language] * len(ids)), ends
 
     def _told(self, rows: Ids, codes: Sequence[str]) -> Ids:
         """The rows with what says their languages, here nothing."""
@@ -355,6 +400,12 @@ class NllbTokenizer(TranslationTokenizer):
         ids, marks = super().encode_choices(rows, language, max_length=max_length)
         return ids, [np.roll(row, -1) for row in marks] if self._legacy_source_order else marks
 
+    def encode_ends(
+        self, texts: Sequence[str], language: str, *, max_length: int | None = None
+    ) -> Marked:
+        ids, ends = super().encode_ends(texts, language, max_length=max_length)
+        return ids, [np.roll(row, -1) for row in ends] if self._legacy_source_order else ends
+
     def _told(self, rows: Ids, codes: Sequence[str]) -> Ids:
         rows = super()._told(rows, codes)
         return [np.roll(row, -1) for row in rows] if self._legacy_source_order else rows
@@ -422,6 +473,10 @@ class TargetTokenizer(_Tokenizer):
         max_length: tokens with BOS; a longer text loses its end (of a pair, the longer first).
         """
         return self._encode(texts, text_pairs, max_length)
+
+    def encode_ends(self, texts: Sequence[str], *, max_length: int | None = None) -> Marked:
+        """Token ids, and where each token ends, as `SourceTokenizer.encode_ends` has them."""
+        return self._encode_ends(texts, max_length)
 
     def encode_choices(self, rows: Sequence[Row], *, max_length: int | None = None) -> Marked:
         """Rows of multiple choice, as `SourceTokenizer.encode_choices` has them."""

@@ -105,14 +105,28 @@ def llm_pooled(
 ) -> Array:
     """The LLM's own pooled state of its own tokens, BOS included [code]; with choices, of each of
     them. float32 [B, N, D]."""
-    h_BTD = llm.hidden(
+    h_BTD = llm_hidden(llm, ids_BT, segments_BT, num_texts, causal=causal, dtype=dtype, key=key)
+    return segment_mean(h_BTD, *(choices or (segments_BT, num_texts)))
+
+
+def llm_hidden(
+    llm: Llama,
+    ids_BT: Array,
+    segments_BT: Array,
+    num_texts: int,
+    *,
+    causal: bool,
+    dtype: DTypeLike = jnp.float32,
+    key: Array | None = None,
+) -> Array:
+    """The LLM's last states of its own tokens, [B, T, D] in `dtype`."""
+    return llm.hidden(
         llm.embed(ids_BT, dtype),
         segments_BT,
         causal=causal,
         packed=num_texts > 1,
         dropout_key=key,
     )
-    return segment_mean(h_BTD, *(choices or (segments_BT, num_texts)))
 
 
 def segment_mean(h_BTD: Array, segments_BT: Array, num_texts: int) -> Array:

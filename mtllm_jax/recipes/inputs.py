@@ -417,6 +417,9 @@ def _check_encoder(config: MTLLM) -> SourceTokenizer:
     if alpha := config.adaptation.subword_sampling:
         with naming("adaptation.subword_sampling"):
             tokenizer.encode(["a"], config.english, sampling_alpha=alpha)
+    if config.adaptation.objective.per_token:
+        with naming("adaptation.objective.per_token"):
+            tokenizer.encode_ends(["a"], config.english)
     return tokenizer
 
 

@@ -50,10 +50,11 @@ from mtllm_jax.models.stack import (
     Choices,
     Stack,
     classification_head,
+    llm_hidden,
     llm_pooled,
     segment_mean,
 )
-from mtllm_jax.objectives import Terms, classification, likeness, logits_kl
+from mtllm_jax.objectives import Terms, classification, likeness, logits_kl, per_token
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.runfolder import changed_since, new_file
 from mtllm_jax.tasks.task import Row, Task, texts_of
@@ -217,7 +218,7 @@ def adaptation_objective(
         weights = frozen["teacher"] if "teacher" in frozen else frozen["stack"]["llm"]
         teacher: Llama = nnx.merge(teacher_graph, weights)
         num_texts = batch["example"].shape[1]
-        student_BND = stack.pooled(
+        student_BPD, segments_BP = stack.hidden(
             batch["source_ids"],
             batch["source_segments"],
             num_texts,
@@ -226,7 +227,7 @@ def adaptation_objective(
             noise=noise,
             key=key,
         )
-        teacher_BND = llm_pooled(
+        teacher_BTD = llm_hidden(
             teacher,
             batch["target_ids"],
             batch["target_segments"],
@@ -234,8 +235,24 @@ def adaptation_objective(
             causal=causal,
             dtype=dtype,
         )
+        valid_BN = batch["example"] > 0
+        others = {}
+        if wanted.per_token:
+            others["per_token"] = per_token(
+                student_BPD,
+                teacher_BTD,
+                batch["aligned_ids"],
+                segments_BP,
+                batch["target_segments"],
+                valid_BN,
+            )
         return likeness(
-            student_BND, teacher_BND, batch["example"] > 0, wanted.weights(), wanted.temperature
+            segment_mean(student_BPD, segments_BP, num_texts),
+            segment_mean(teacher_BTD, batch["target_segments"], num_texts),
+            valid_BN,
+            wanted.weights(),
+            wanted.temperature,
+            others,
         )
 
     return objective

@@ -120,6 +120,39 @@ def test_rows_hold_each_text_as_both_sides_read_it(maker, texts):
     assert f"{len(LISTS)} texts in {len(rows)} rows" in rows.told()
 
 
+def test_tokens_of_both_sides_that_end_together(maker):
+    """Against the texts that tokens stand for: up to there both sides have read the same."""
+    told = dataclasses.replace(maker, per_token=True)
+    rows, plain = make_rows(told, LISTS), make_rows(maker, LISTS)
+    assert rows.lengths == plain.lengths | {"aligned": 48} and rows.fill.keys() == plain.fill.keys()
+
+    def read(tokenizer, ids, count):
+        return tokenizer.decode([ids[:count]])[0].replace(" ", "")
+
+    pairs = cut = 0
+    for row in list(rows)[:8]:
+        np.testing.assert_array_equal(row["aligned_segments"], row["source_segments"])
+        for text in range(1, row["example"].astype(bool).sum() + 1):
+            source, aligned = (
+                row[f"{name}_ids"][row["source_segments"] == text] for name in ("source", "aligned")
+            )
+            target = row["target_ids"][row["target_segments"] == text]
+            assert aligned[0] == 0  # the language
+            source = np.delete(source, 0)
+            ends = [read(maker.target, target, n) for n in range(1, len(target) + 1)]
+            for i, number in enumerate(aligned[1:].tolist(), 1):
+                if number:
+                    assert read(maker.source, source, i) == ends[number - 1]
+                    pairs += 1
+            # A text that is whole on both sides ends on both with a token of it.
+            whole = maker.target.decode([target])[0] == LISTS[row["example"][text - 1] - 1]
+            if whole and source[-1] == maker.source.eos_id and len(source) < 47:
+                assert aligned[-2] == len(target)
+            else:
+                cut += 1
+    assert pairs > 100 and cut
+
+
 def test_texts_without_a_token_are_dropped_and_counted(maker):
     rows = make_rows(maker, [*LISTS[:30], "", *LISTS[30:40], ""])
     assert rows.counts.texts == 42 and rows.counts.dropped == 2
@@ -157,7 +190,13 @@ def test_lengths_that_follow_the_texts(maker):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"packing": False}, {"samplings": 2, "subword_sampling": 0.2}]
+    "changes",
+    [
+        {},
+        {"packing": False},
+        {"samplings": 2, "subword_sampling": 0.2},
+        {"per_token": True},
+    ],
 )
 def test_prepared_rows_are_those_on_the_fly(tmp_path, maker, texts, changes):
     maker = dataclasses.replace(maker, **changes)
