@@ -23,6 +23,7 @@ from mtllm_jax.config import Mesh
 from mtllm_jax.data.packing import padded
 from mtllm_jax.data.pipeline import by_length
 from mtllm_jax.models.nllb import NLLB, Cache
+from mtllm_jax.ops.largest import argmax, top_k
 
 
 class Tokenizer(Protocol):
@@ -73,7 +74,7 @@ def greedy_translate(
     def one_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         index, ended_B, last_B, out_BT, cache = carry
         h_BKE, cache = model.step(last_B[:, None], index + 1, cache)
-        next_B = jnp.where(ended_B, pad_id, _argmax(model.logits(h_BKE[:, 0])))
+        next_B = jnp.where(ended_B, pad_id, argmax(model.logits(h_BKE[:, 0])))
         out_BT = jax.lax.dynamic_update_slice_in_dim(out_BT, next_B[:, None], index, axis=1)
         return index + 1, ended_B | (next_B == eos_id), next_B, out_BT, cache
 
@@ -206,29 +207,11 @@ def _best_continuations(
     """The `count` likeliest hypotheses of one more token: score, parent and token, [B, count]."""
     B = logits_BKV.shape[0]
     log_sum_BK1 = jax.nn.logsumexp(logits_BKV, axis=-1, keepdims=True)
-    logits_BKC, token_BKC = _top_k(logits_BKV, min(count, logits_BKV.shape[-1]))
+    logits_BKC, token_BKC = top_k(logits_BKV, min(count, logits_BKV.shape[-1]))
     all_BKC = score_BK[..., None] + (logits_BKC - log_sum_BK1)
     score_BC, place_BC = jax.lax.top_k(all_BKC.reshape(B, -1), count)
     token_BC = jnp.take_along_axis(token_BKC.reshape(B, -1), place_BC, axis=1)
     return score_BC, place_BC // all_BKC.shape[-1], token_BC
-
-
-_CHUNK = 128
-
-
-def _top_k(x_BKV: Array, count: int) -> tuple[Array, Array]:
-    """`lax.top_k`, which is slow over large vocabularies: the `count` largest lie in the `count`
-    chunks whose maxima are largest, and maxima are fast."""
-    B, K, V = x_BKV.shape
-    if V < 2 * count * _CHUNK:
-        return jax.lax.top_k(x_BKV, count)
-    padded_BKV = jnp.pad(x_BKV, ((0, 0), (0, 0), (0, -V % _CHUNK)), constant_values=-jnp.inf)
-    chunks_BKMC = padded_BKV.reshape(B, K, -1, _CHUNK)
-    chunk_BKc = jax.lax.top_k(jnp.max(chunks_BKMC, axis=-1), count)[1]
-    chosen_BKcC = jnp.take_along_axis(chunks_BKMC, chunk_BKc[..., None], axis=2)
-    x_BKc, place_BKc = jax.lax.top_k(chosen_BKcC.reshape(B, K, -1), count)
-    chunk_BKc = jnp.take_along_axis(chunk_BKc, place_BKc // _CHUNK, axis=2)
-    return x_BKc, chunk_BKc * _CHUNK + place_BKc % _CHUNK
 
 
 def translate(
@@ -320,10 +303,3 @@ def _start(
     _, cache = model.step(jnp.full(shape, model.config.eos_id, jnp.int32), jnp.int32(0), cache)
     language_B = jnp.broadcast_to(jnp.asarray(target_language_id, jnp.int32), shape[:1])
     return jnp.broadcast_to(language_B[:, None], shape), cache
-
-
-def _argmax(logits_BV: Array) -> Array:
-    """The first index of each row's maximum, by two plain maxima: XLA's argmax is slow on CPUs."""
-    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    index_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.float32)[None]  # exact below 2^24
-    return -jnp.max(jnp.where(logits_BV == best_B1, -index_V, -jnp.inf), axis=-1).astype(jnp.int32)

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from mtllm_jax import api, distributed, sharding
+from mtllm_jax.answers import check_output, json_line, new_answers, parts_of, rejects_of
 from mtllm_jax.config import Mesh
 from mtllm_jax.data.unlabelled import Scan, Window, scan, windows
-from mtllm_jax.hf.files import is_remote
 from mtllm_jax.metrics import Console
 from mtllm_jax.parts import Parts
 from mtllm_jax.runfolder import new_file
@@ -59,22 +59,20 @@ def predict(
     Raises ValueError, naming the flag or the file and the line, before the model is read where a
     file or flag can be no good, and in the end where no row could be answered.
     """
-    if is_remote(output):
-        raise ValueError(f"--output={output} is remote; it must be local, to be copied from.")
     target = Path(output)
-    parts_folder = target.with_name(f"{target.name}.parts")
     source = (
         target.with_name(f"{target.name}.stdin.jsonl") if rows == STANDARD_INPUT else Path(rows)
     )
     scans: list[Scan] = []
 
     def look() -> int:
-        _check_output(target, parts_folder)
+        check_output(output, _SUFFIXES)
         if rows == STANDARD_INPUT:
             _keep_standard_input(source)
         try:
             columns = ["vector"] if vectors else ["prediction", "probabilities"]
-            scans.append(scan(source, language=language, reserved=columns))
+            required = ["text"] if language else ["text", "language"]
+            scans.append(scan(source, required=required, reserved=columns))
         except ValueError:
             _forget_standard_input(rows, source)
             raise
@@ -86,7 +84,7 @@ def predict(
     if not vectors and not opened.labels:
         raise ValueError(f"--model={model} has no classification head; --vectors has its vectors.")
     answers = "vectors" if vectors else "probabilities"
-    parts = Parts(parts_folder, {"model": fingerprint, "answers": answers})
+    parts = Parts(parts_of(target), {"model": fingerprint, "answers": answers})
 
     def all_windows() -> Iterator[Window]:
         return windows(source, api.WINDOW, language=language, readable=opened.languages)
@@ -108,7 +106,7 @@ def predict(
     _forget_standard_input(rows, source)
     console.print(f"{target}: {total - rejects} rows")
     if rejects:
-        console.warn(f"rows without an answer: {rejects}; {_rejects_of(target)} says why")
+        console.warn(f"rows without an answer: {rejects}; {rejects_of(target)} says why")
 
 
 def check_model(folder: str) -> str:
@@ -134,14 +132,20 @@ def open_model(folder: str, *, batch_rows: int, fsdp: int) -> api.Model:
     batch_rows: texts in a forward pass, rounded up to what the devices can share. fsdp: devices
     that each copy of the weights is cut over. ValueError as of `api.load`.
     """
+    if batch_rows < 1:
+        raise ValueError(f"--batch_rows is {batch_rows}; it must be at least 1.")
+    mesh = mesh_of(fsdp)
+    return api.load(folder, batch_rows=sharding.rows_for(batch_rows, mesh), mesh=mesh)
+
+
+def mesh_of(fsdp: int) -> jax.sharding.Mesh:
+    """All devices of this process. fsdp: those that each copy of the weights is cut over."""
     devices = jax.local_devices()
-    for name, value in (("batch_rows", batch_rows), ("fsdp", fsdp)):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}; it must be at least 1.")
+    if fsdp < 1:
+        raise ValueError(f"--fsdp is {fsdp}; it must be at least 1.")
     if len(devices) % fsdp:
         raise ValueError(f"--fsdp is {fsdp}; it must divide the {len(devices)} devices.")
-    mesh = sharding.make_mesh(Mesh(data=-1, fsdp=fsdp), devices)
-    return api.load(folder, batch_rows=sharding.rows_for(batch_rows, mesh), mesh=mesh)
+    return sharding.make_mesh(Mesh(data=-1, fsdp=fsdp), devices)
 
 
 def answer(
@@ -161,14 +165,6 @@ def answer(
     mine = sum(min(api.WINDOW, total - begin) for begin in begins)
     with console.progress(mine, what, unit="rows") as progress:
         parts.fill(all_windows, lambda rows: run(*api.columns(rows)), progress.update)
-
-
-def _check_output(target: Path, parts_folder: Path) -> None:
-    if target.suffix not in _SUFFIXES:
-        raise ValueError(f"--output={target} must end in {' or '.join(_SUFFIXES)}.")
-    # With its parts it was being written when it was stopped: the rest is to remove them.
-    if target.exists() and not parts_folder.exists():
-        raise ValueError(f"--output={target} exists; choose another file, or remove it.")
 
 
 def _keep_standard_input(path: Path) -> None:
@@ -192,19 +188,11 @@ def _write_out(
     vectors: bool,
     told: Callable[[int], None],
 ) -> int:
-    """Write OUTPUT and, where rows have no answer, OUTPUT.rejects.jsonl, each whole or not at all.
-
-    Returns the number of rejects. ValueError where no row has an answer.
-    """
-    rejects_path = _rejects_of(target)
-    rejects, answered = 0, 0
-    first = ""
-    with contextlib.ExitStack() as files:
-        file = files.enter_context(new_file(epath.Path(target)))
-        rejects_file: Any = None
+    """Write OUTPUT and its rejects. Returns the number of rejects. ValueError as `new_answers`."""
+    with new_answers(target, found.rows) as out, contextlib.ExitStack() as files:
         if target.suffix == ".parquet":
             table = _Table(model, found, vectors=vectors)
-            writer = files.enter_context(pq.ParquetWriter(file, table.schema))
+            writer = files.enter_context(pq.ParquetWriter(out.file, table.schema))
         for window in all_windows:
             values = parts.read(window)
             if target.suffix == ".parquet":
@@ -212,28 +200,13 @@ def _write_out(
             else:
                 answers = _vectors(values) if vectors else _labels(model, values)
                 pairs = zip(window.rows, answers, strict=True)
-                file.writelines(_line(row | answer) for row, answer in pairs)
+                out.file.writelines(json_line(row | answer) for row, answer in pairs)
+            out.answered += len(window.rows)
             for entry in window.entries:
                 if entry.problem:
-                    if rejects_file is None:
-                        first = f"line {entry.line}: {entry.problem}"
-                        rejects_file = files.enter_context(new_file(epath.Path(rejects_path)))
-                    about = {"line": entry.line, "reason": entry.problem, "row": entry.cells}
-                    rejects_file.write(_line(about))
-            answered += len(window.rows)
-            rejects += len(window.entries) - len(window.rows)
-            told(answered + rejects)
-        if answered + rejects != found.rows:
-            raise ValueError(f"the rows have changed: they were {found.rows}; start again.")
-        if not answered:
-            raise ValueError(f"none of the {rejects} rows can be answered; the first, {first}.")
-    if not rejects:
-        rejects_path.unlink(missing_ok=True)  # of an output that was removed since
-    return rejects
-
-
-def _rejects_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.rejects.jsonl")
+                    out.reject(entry, entry.problem)
+            told(out.rows)
+    return out.rejected
 
 
 def _labels(model: api.Model, share_MC: np.ndarray) -> Iterator[Cells]:
@@ -247,12 +220,6 @@ def _vectors(h_MD: np.ndarray) -> Iterator[Cells]:
     for h_D in h_MD:
         # By way of text: the fewest digits that tell a float32, not those of a double.
         yield {"vector": [float(text) for text in h_D.astype(str)]}
-
-
-def _line(value: Any) -> bytes:
-    # Half a surrogate pair, which UTF-8 has not, stays the escape that JSON spells it by.
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
-    return text.encode("utf-8", "backslashreplace")
 
 
 class _Table:

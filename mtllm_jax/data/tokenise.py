@@ -9,10 +9,11 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jinja2
 import numpy as np
 import sentencepiece
 
@@ -477,6 +478,31 @@ class TargetTokenizer(_Tokenizer):
     def encode_ends(self, texts: Sequence[str], *, max_length: int | None = None) -> Marked:
         """Token ids, and where each token ends, as `SourceTokenizer.encode_ends` has them."""
         return self._encode_ends(texts, max_length)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder says how the LLM reads a conversation."""
+        return self._tokenizer.chat_template is not None
+
+    def encode_chats(self, chats: Sequence[Sequence[Mapping[str, str]]]) -> Ids:
+        """Token ids of conversations by the folder's chat template, up to where an answer begins.
+
+        A conversation is messages of {"role", "content"}. ValueError where the template refuses
+        one.
+        """
+        try:
+            texts = [
+                self._tokenizer.apply_chat_template(
+                    list(chat), tokenize=False, add_generation_prompt=True
+                )
+                for chat in chats
+            ]
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {error}.") from None
+        with self._lock:
+            self._backend.no_truncation()
+            encoded = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
     def encode_choices(self, rows: Sequence[Row], *, max_length: int | None = None) -> Marked:
         """Rows of multiple choice, as `SourceTokenizer.encode_choices` has them."""

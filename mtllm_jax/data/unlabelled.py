@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,17 @@ class Scan:
     types: dict[str, set[type]]
 
 
-def scan(path: Path, *, language: str, reserved: Collection[str]) -> Scan:
+def scan(path: Path, *, required: Sequence[str], reserved: Collection[str]) -> Scan:
     """Read all of a file, to know at the door what is wrong with it as such.
 
-    language: of rows that do not say theirs; "" = they must. reserved: columns that it may not
-    have, as answers are called so. Raises ValueError as `formats.records`, and for a first row
-    without a text or language, and for a file without rows.
+    required: columns of the first row. reserved: columns that it may not have, as answers are
+    called so. Raises ValueError as `formats.records`, for a first row without a required column,
+    and for a file without rows.
     """
     formats.check_file(path, ROW_SUFFIXES)
     found = Scan(0, {})
     for line, cells in formats.stream(path):
         if not found.rows:
-            required = ["text"] if language else ["text", "language"]
             check_columns(cells, required, formats.header_at(path))
         for name in reserved:
             if name in cells:
@@ -86,7 +85,8 @@ def scan(path: Path, *, language: str, reserved: Collection[str]) -> Scan:
 
 
 def windows(path: Path, size: int, *, language: str, readable: Collection[str]) -> Iterator[Window]:
-    """All rows, `size` to a window. readable: the languages that the model knows."""
+    """All rows, `size` to a window. language: of rows that do not say theirs; "" = they must.
+    readable: the languages that the model knows."""
 
     @functools.cache  # to look for what is near an unknown one takes a while
     def problem(code: str) -> str:
@@ -96,17 +96,25 @@ def windows(path: Path, size: int, *, language: str, readable: Collection[str]) 
             return str(error)
         return ""
 
+    return in_windows(path, size, lambda line, cells: _entry(line, cells, language, problem))
+
+
+def in_windows(
+    path: Path, size: int, entry: Callable[[int, dict[str, Any]], Entry]
+) -> Iterator[Window]:
+    """The entries that are made of all lines and cells, `size` to a window."""
     rest = formats.stream(path)
     for place in itertools.count():
-        read = itertools.islice(rest, size)
-        entries = [_entry(line, cells, language, problem) for line, cells in read]
+        entries = [
+            entry(line, {name: _json_cell(cell) for name, cell in cells.items()})
+            for line, cells in itertools.islice(rest, size)
+        ]
         if not entries:
             return
         yield Window(place, entries)
 
 
 def _entry(line: int, cells: dict[str, Any], language: str, problem: Callable[[str], str]) -> Entry:
-    cells = {name: _json_cell(cell) for name, cell in cells.items()}
     if language and cells.get("language") in (None, ""):
         cells["language"] = language
     try:

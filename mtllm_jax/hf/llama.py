@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mtllm_jax.hf.files import Files
 from mtllm_jax.hf.folder import (
     Tensors,
     check_tied,
@@ -110,6 +111,16 @@ def _to_fill(
     match(module, tensors, table, **options)
     check_tied(tensors, aliases)
     return module, tensors, table, options
+
+
+def stop_ids(folder: str | os.PathLike) -> tuple[int, ...]:
+    """The tokens that end a text, by the folder's config.json and generation_config.json."""
+    files, found = Files(folder), set()
+    for name in ("config.json", "generation_config.json"):
+        if files.has(name):
+            eos = files.read_json(name).get("eos_token_id")
+            found |= {*eos} if isinstance(eos, list) else {eos} - {None}
+    return tuple(sorted(found))
 
 
 def save_llama(

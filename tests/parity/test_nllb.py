@@ -25,11 +25,11 @@ from torch_models import (
     transformers,
 )
 
-from mtllm_jax import decode
 from mtllm_jax.decode import beam_translate, greedy_translate, translate
 from mtllm_jax.hf.nllb import check_nllb, load_nllb, save_nllb
 from mtllm_jax.models.layers import LayerNorm
 from mtllm_jax.models.nllb import NLLB, NLLBConfig, sinusoids
+from mtllm_jax.ops.largest import top_k
 
 from safetensors.numpy import load_file, save_file  # isort: skip
 
@@ -377,7 +377,7 @@ def test_the_largest_by_chunks_are_the_largest():
     for size in (40, 2560, 32_001):
         x = rng.permutation(2 * 3 * size).reshape(2, 3, size).astype(np.float32)
         x[..., : size // 2] = np.minimum(x[..., : size // 2], 5.0)
-        values, places = decode._top_k(jnp.asarray(x), 10)
+        values, places = top_k(jnp.asarray(x), 10)
         np.testing.assert_array_equal(values, -np.sort(-x, axis=-1)[..., :10])
         np.testing.assert_array_equal(np.take_along_axis(x, np.asarray(places), -1), values)
 
