@@ -25,13 +25,14 @@ class System:
 
     timed: the same, with nothing kept from earlier calls (translations); None where the time would
     tell nothing. covers: whether it answers a row; by default all. seeded: whether another seed
-    makes another of it.
+    makes another of it. flops: of these rows, paddings left out (`example_flops`).
     """
 
     predict: Predict
     timed: Predict | None
     covers: Callable[[Row], bool] = lambda row: True
     seeded: bool = True
+    flops: Callable[[Sequence[Row]], float] | None = None
 
 
 def evaluate(
@@ -50,9 +51,9 @@ def evaluate(
     that an earlier start has left are taken from there. Test labels are read here and nowhere else.
 
     Returns the part of results.json that is about systems: "metric", "majority", "systems", "cost"
-    (of the first seed's systems), and with a second test "majority_unseen" and "systems_unseen";
-    where systems cover different languages "common": those that all cover, and the systems' means
-    over these.
+    (of the first seed's systems: "sequences_per_second", and "flops_per_example" without paddings),
+    and with a second test "majority_unseen" and "systems_unseen"; where systems cover different
+    languages "common" ("common_unseen"): those that all cover, and the systems' means over these.
     """
     answers: dict[str, list[pd.DataFrame]] = {}
     cost: dict[str, dict[str, float]] = {}
@@ -70,6 +71,8 @@ def evaluate(
             if seed == seeds[0] and system.timed is not None:
                 timed_rows = _timed_rows(task, system, english)
                 cost[name] = _cost(system.timed, timed_rows, name, run)
+                if system.flops is not None:
+                    cost[name]["flops_per_example"] = system.flops(timed_rows) / len(timed_rows)
         progress.close()
     results: dict[str, Any] = {"metric": "accuracy"}
     for test, suffix in zip(task.tests, ("", "_unseen"), strict=False):

@@ -153,12 +153,13 @@ def _reader(
         frozen=_weights(frozen, part),
         trained=_weights(trainable, part),
         last=_weights(frozen, part, ends, last) + _weights(trainable, part, ends, last),
-        attention=_attention_width(config),
+        attention=attention_width(config),
         remat=config.remat,
     )
 
 
-def _attention_width(config: NLLBConfig | BertConfig | LlamaConfig) -> int:
+def attention_width(config: NLLBConfig | BertConfig | LlamaConfig) -> int:
+    """A of an encoder or an LLM: layers × heads × head width."""
     if isinstance(config, LlamaConfig):
         return config.num_layers * config.num_heads * config.head_width
     if isinstance(config, NLLBConfig):

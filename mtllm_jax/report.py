@@ -141,7 +141,7 @@ def _context(
         "sentences": page.sentences(),
         "cards": page.cards(),
         "tests": [page.test(test) for test in page.tests],
-        "cost": page.cost(),
+        "costs": page.costs(),
         "figures": curve_figures(curves),
         "seconds": _times(results["seconds"]),
         "total": duration(sum(results["seconds"].values())),
@@ -404,15 +404,24 @@ class _Page:
             cells.append({"shown": self.shown(value), "heat": f"{heat:.3f}", "spread": ""})
         return {"label": label, "note": str(note), "cells": cells, "strong": False}
 
-    def cost(self) -> list[dict[str, str]]:
-        """Sequences a second of the systems measured, the fastest first."""
-        cost = self.results.get("cost", {})
-        rates = {name: cost[name]["sequences_per_second"] for name in self.systems if name in cost}
-        fastest = max(rates.values(), default=1.0)
-        return [
-            self.system(name) | {"shown": number(rate), "place": f"{100 * rate / fastest:.2f}"}
-            for name, rate in sorted(rates.items(), key=lambda item: -item[1])
-        ]
+    def costs(self) -> list[tuple[str, list[dict[str, str]]]]:
+        """Titles, with sequences a second of the systems measured, the fastest first, and with
+        their FLOPs, the cheapest first."""
+        found = []
+        for title, key, scale, order in (
+            ("Inference, sequences a second", "sequences_per_second", 1.0, -1),
+            ("GFLOP an example, paddings left out", "flops_per_example", 1e-9, 1),
+        ):
+            cost = self.results.get("cost", {})
+            values = {name: cost[name][key] for name in self.systems if key in cost.get(name, {})}
+            most = max(values.values(), default=1.0)
+            bars = [
+                self.system(name)
+                | {"shown": number(scale * value), "place": f"{100 * value / most:.2f}"}
+                for name, value in sorted(values.items(), key=lambda item: order * item[1])
+            ]
+            found += [(title, bars)] if bars else []
+        return found
 
 
 def _and(parts: Sequence[str]) -> str:

@@ -147,8 +147,8 @@ def results_table(
     A column a system, a row a language; where there are two tests a cell holds both, A before B, or
     if the systems do not fit so, each test has a table. Those that still do not fit beside the
     others go to a further one. Beside what every results.json
-    has, "majority_unseen" (of test B) and "cost" ({system: {"sequences_per_second": x}}) are shown
-    when there.
+    has, "majority_unseen" (of test B) and "cost" ({system: {"sequences_per_second": x,
+    "flops_per_example": y}}) are shown when there.
     """
     tests = list(tests_of(results))
     whole = [(tests, systems) for systems in _beside(results, tests, width)]
@@ -257,6 +257,10 @@ def _table(results: Mapping[str, Any], shown: Sequence[str], systems: Sequence[s
         table.add_section()
         rates = [cost.get(system, {}).get("sequences_per_second") for system in systems]
         table.add_row("sequences/s", *("–" if rate is None else number(rate) for rate in rates))
+        flops = [cost.get(system, {}).get("flops_per_example") for system in systems]
+        if any(flops):
+            shares = ("–" if each is None else f"{each / 1e9:.2g}" for each in flops)
+            table.add_row("GFLOP an example", *shares)
     return table
 
 

@@ -237,6 +237,7 @@ def test_table_holds_every_number():
     latin = [value for code, value in mine["languages"].items() if code.endswith("_Latn")]
     assert rows["mean, Latin script"].split()[3] == shown(sum(latin) / len(latin))
     assert rows["sequences/s"].split()[1:] == ["1834", "–", "–", "213"]
+    assert rows["GFLOP an example"].split()[3:] == ["0.034", "–", "–", "2.9"]
     assert "always the most frequent class: 32.3 and 23.7" in text
     assert "runs/mini/report.html" in text
     assert "--config.encoder=DIR" in text

@@ -117,7 +117,8 @@ def test_results_are_of_their_form(mini_run):
     assert sum(results["time"][kind] for kind in kinds) == pytest.approx(whole, abs=0.1)
     assert results["time"]["evaluation"] == results["seconds"]["evaluation"]
     assert set(results["cost"]) == SYSTEMS
-    assert all(cost["sequences_per_second"] > 0 for cost in results["cost"].values())
+    for name in ("sequences_per_second", "flops_per_example"):
+        assert all(cost[name] > 0 for cost in results["cost"].values())
 
 
 def test_predictions_are_of_all_rows_and_give_the_table(mini_run):

@@ -6,6 +6,7 @@ the same row, each part as if alone behind the prompt (`Llama.hidden`, branches)
 B rows, T positions of prompts, P positions of what may follow, C labels or choices, D width.
 """
 
+import collections
 import itertools
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ from mtllm_jax.data.packing import padded
 from mtllm_jax.data.pipeline import by_length
 from mtllm_jax.data.tokenise import TargetTokenizer
 from mtllm_jax.evaluation import Predict
+from mtllm_jax.example_flops import branching_flops
 from mtllm_jax.models.llama import Llama
 from mtllm_jax.ops.vocab_loss import log_likelihoods
 from mtllm_jax.tasks.prompt import PROMPTS, kind_of, last_words, prompts
@@ -76,6 +78,15 @@ def prompt_tokens(
         (ids[: len(ids) - replaced], following[i * num : (i + 1) * num])
         for i, ids in enumerate(read)
     ]
+
+
+def prompt_flops(
+    limits: Evaluation, llm: Llama, tokenizer: TargetTokenizer, task: Task, rows: Sequence[Row]
+) -> float:
+    """Of the answers to these rows, paddings left out."""
+    tokens = prompt_tokens(limits, tokenizer, task, rows)
+    sizes = collections.Counter((len(ids), *map(len, said)) for ids, said in tokens)
+    return sum(n * branching_flops(llm, size[0], size[1:]) for size, n in sizes.items())
 
 
 class Scores:

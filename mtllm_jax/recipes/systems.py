@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from mtllm_jax.data.babel_tfds import TextDataset, build_text
 from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.prepared import Prepared
 from mtllm_jax.data.texts import Texts, texts_of
-from mtllm_jax.data.tokenise import Marked, translation_tokenizer
+from mtllm_jax.data.tokenise import Marked, TranslationTokenizer, translation_tokenizer
 from mtllm_jax.decode import translate
 from mtllm_jax.evaluation import Predict, System
+from mtllm_jax.example_flops import reading_flops, stack_flops, translation_flops
 from mtllm_jax.hf.encoder import has_decoder
 from mtllm_jax.hf.files import is_remote, local_files
 from mtllm_jax.hf.nllb import load_nllb
@@ -36,10 +38,11 @@ from mtllm_jax.inference import Vectors
 from mtllm_jax.languages import ENGLISH
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import Llama
+from mtllm_jax.models.nllb import NLLB
 from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
-from mtllm_jax.recipes.prompting import prompted
+from mtllm_jax.recipes.prompting import prompt_flops, prompted
 from mtllm_jax.runfolder import RunFolder, is_local, scratch
 from mtllm_jax.tasks.task import Row, Task, texts_in, with_texts
 
@@ -206,6 +209,12 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
     # What no seed changes.
     fixed: dict[str, System] = {}
 
+    def source(rows: Sequence[Row]) -> Marked:
+        return stacking.source_tokens(made.parts.source, rows, config.evaluation.max_length)
+
+    def target(rows: Sequence[Row]) -> Marked:
+        return stacking.target_tokens(made.parts.target, rows, config.evaluation.max_length)
+
     def read_by_llm(row: Row) -> bool:
         codes = config.evaluation.llm_languages
         return not codes or row["language"] in (config.english, *codes)
@@ -215,18 +224,48 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
         by_prompt = prompted(
             told, llm, made.parts.target, task, dtype=config.compute_dtype, mesh=job.mesh
         )
-        fixed["llm_prompted"] = System(by_prompt, by_prompt, read_by_llm, seeded=False)
+        fixed["llm_prompted"] = System(
+            by_prompt,
+            by_prompt,
+            read_by_llm,
+            seeded=False,
+            flops=lambda rows: prompt_flops(told, llm, made.parts.target, task, rows),
+        )
     # A row of choices has no vector that a linear map could classify.
     if "encoder_linear" in wanted and not task.num_choices:
         by_linear = linear_baseline(job, made.parts, task)
-        fixed["encoder_linear"] = System(by_linear, by_linear, seeded=False)
+        fixed["encoder_linear"] = System(
+            by_linear,
+            by_linear,
+            seeded=False,
+            flops=lambda rows: _summed(source, rows, partial(reading_flops, made.parts.encoder)),
+        )
 
     def is_translated(row: Row) -> bool:
         return row["language"] == config.english or (row["language"], row["id"]) in given
 
     def of_seed(seed: int) -> dict[str, System]:
-        by_stack, by_llm, by_encoder = _readers(job, made.parts, task, made.tuned[seed])
+        tuned = made.tuned[seed]
+        by_stack, by_llm, by_encoder = _readers(job, made.parts, task, tuned)
         systems: dict[str, System] = {}
+
+        def of_stack(rows: Sequence[Row]) -> float:
+            return _summed(source, rows, partial(stack_flops, tuned.student.stack))
+
+        def of_llm(rows: Sequence[Row]) -> float:
+            return _summed(target, rows, partial(reading_flops, tuned.teacher.llm))
+
+        def of_encoder(rows: Sequence[Row]) -> float:
+            assert tuned.mt_encoder is not None
+            return _summed(source, rows, partial(reading_flops, tuned.mt_encoder.encoder))
+
+        def of_translating(rows: Sequence[Row]) -> float:
+            assert translation is not None and remembering is not None
+            foreign = [row for row in rows if row["language"] != config.english]
+            texts = [(text, row["language"]) for row in foreign for text in texts_in(row)]
+            known = remembering([text for text, _ in texts], [code for _, code in texts])
+            translated = translation.flops([text for text, _ in texts], known)
+            return translated + of_llm(in_english(rows, config.english, remembering))
 
         def by_translating(translate: Translate) -> Predict:
             return lambda rows: by_llm(in_english(rows, config.english, translate))
@@ -234,20 +273,29 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
         def by_given(rows: Sequence[Row]) -> list[str]:
             return by_llm([given.get((row["language"], row["id"]), row) for row in rows])
 
-        systems["mt_llm"] = System(by_stack, by_stack)
-        systems["llm_zero_shot"] = System(by_llm, by_llm, read_by_llm)
+        systems["mt_llm"] = System(by_stack, by_stack, flops=of_stack)
+        systems["llm_zero_shot"] = System(by_llm, by_llm, read_by_llm, flops=of_llm)
         if by_encoder is not None:
-            systems["mt_encoder"] = System(by_encoder, by_encoder)
+            systems["mt_encoder"] = System(by_encoder, by_encoder, flops=of_encoder)
         if given:
             # What its translations cost is not known here.
             systems["translate_test"] = System(by_given, None, is_translated)
         elif translation is not None and remembering is not None:
             cold = by_translating(translation)
-            systems["translate_test"] = System(by_translating(remembering), cold)
+            warm = by_translating(remembering)
+            systems["translate_test"] = System(warm, cold, flops=of_translating)
         systems |= fixed
         return {name: systems[name] for name in SYSTEMS if name in wanted and name in systems}
 
     return of_seed
+
+
+def _summed(
+    read: Callable[[Sequence[Row]], Marked], rows: Sequence[Row], flops: Callable[[float], float]
+) -> float:
+    """FLOPs over rows, from those of a text of so many tokens."""
+    lengths = collections.Counter(len(ids) for ids in read(rows)[0])
+    return sum(count * flops(length) for length, count in lengths.items())
 
 
 def _causal_llm(job: Job[MTLLM], made: Made) -> Llama:
@@ -355,26 +403,47 @@ def _readers(
     return lambda rows: by_stack(source(rows)), lambda rows: by_llm(target(rows)), by_encoder
 
 
-def translator(config: MTLLM, folder: str, mesh: jax.sharding.Mesh) -> Translate:
-    """Texts and their languages → the texts in English, by a folder's model."""
-    legacy = config.legacy_source_order
-    tokenizer = translation_tokenizer(local_files(folder), legacy_source_order=legacy)
-    # Its layers scanned whatever the config says: token by token that is the faster way.
-    model = load_nllb(folder, mesh=mesh)
-    limits = config.evaluation
+@dataclasses.dataclass(frozen=True)
+class Translator:
+    """Texts and their languages → the texts in English, or in another language."""
 
-    def translated(texts: Sequence[str], languages: Sequence[str]) -> list[str]:
+    model: NLLB
+    tokenizer: TranslationTokenizer
+    config: MTLLM
+    mesh: jax.sharding.Mesh
+
+    def __call__(
+        self, texts: Sequence[str], languages: Sequence[str], into: str | None = None
+    ) -> list[str]:
+        limits = self.config.evaluation
         return translate(
-            model,
-            tokenizer,
+            self.model,
+            self.tokenizer,
             texts,
-            [source_language(code, tokenizer.languages) for code in languages],
-            config.english,
+            [source_language(code, self.tokenizer.languages) for code in languages],
+            self.config.english if into is None else into,
             max_length=limits.max_length,
             max_new_tokens=limits.max_new_tokens,
             num_beams=limits.num_beams,
-            mesh=mesh,
+            mesh=self.mesh,
             batch_size=limits.batch_rows,
         )
 
-    return translated
+    def flops(self, texts: Sequence[str], made: Sequence[str]) -> float:
+        """Of these translations, by as many tokens as what was made of each text has."""
+        limits = self.config.evaluation
+        read = self.tokenizer.encode(texts, self.config.english, max_length=limits.max_length)
+        said = self.tokenizer.encode_target(made, self.config.english)  # the language, and </s>
+        sizes = collections.Counter(map(lambda x, y: (len(x), len(y) - 1), read, said))
+        return sum(
+            count * translation_flops(self.model, *size, limits.num_beams)
+            for size, count in sizes.items()
+        )
+
+
+def translator(config: MTLLM, folder: str, mesh: jax.sharding.Mesh) -> Translator:
+    """A folder's model, with what it takes to translate by it."""
+    legacy = config.legacy_source_order
+    tokenizer = translation_tokenizer(local_files(folder), legacy_source_order=legacy)
+    # Its layers scanned whatever the config says: token by token that is the faster way.
+    return Translator(load_nllb(folder, mesh=mesh), tokenizer, config, mesh)
