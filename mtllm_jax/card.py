@@ -144,10 +144,11 @@ def _settings(config: MTLLM) -> dict[str, str]:
         how = f"LoRA, rank {config.lora.rank}, alpha {config.lora.alpha:g}"
     if config.trained == "bridge":
         how = "nothing but what the teacher learnt" if _adds_teacher(config) else "nothing"
+    learns = "the task's labels" if config.distillation.learns == "labels" else "task distillation"
     stages = {
         "stage 1, general adaptation": config.adaptation.training,
         "stage 2a, teacher": config.teacher,
-        "stage 2b, task distillation": config.distillation.training,
+        f"stage 2b, {learns}": config.distillation.training,
     }
     if config.frozen_dtype == "int8":
         how += ", over weights in int8; these here are the weights that were quantised"

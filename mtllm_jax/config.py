@@ -296,15 +296,25 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Stage 2b: the stack learns the task teacher's pooled state of the task's English texts."""
+    """Stage 2b: the stack learns the task teacher's pooled state of the task's English texts, or
+    their labels."""
 
     training: Training
     start: Literal["stage1", "stage1+teacher"]  # the latter adds what the teacher learnt in 2a
     objective: TaskObjective = TaskObjective()
     noise_position: float = 0.0
     noise_text: float = 0.0
+    # "labels": by cross-entropy, with a head of the stack's own; the teacher is then nothing but a
+    # baseline.
+    learns: Literal["teacher", "labels"] = "teacher"
 
     def check(self) -> None:
+        require(
+            self.learns == "teacher" or self.start == "stage1",
+            "distillation.start",
+            self.start,
+            "'stage1' where distillation.learns is 'labels'",
+        )
         self.objective.check("distillation.objective")
         _require_noise("distillation", self.noise_position, self.noise_text)
 
@@ -560,8 +570,8 @@ class MTLLM:
     @property
     def evaluates_task(self) -> bool:
         """Whether a stage of the task asks for the task's English development rows."""
-        stages = (self.teacher, self.distillation.training, self.mt_encoder)
-        return any(training.evaluate_every for training in stages)
+        of_task = ("teacher", "distillation.training", "mt_encoder")
+        return any(t.evaluate_every for where, t in self.stages().items() if where in of_task)
 
     def uses_embedded_text(self) -> bool:
         """Whether anything is trained or evaluated on the text that comes with this package."""

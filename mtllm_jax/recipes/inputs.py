@@ -287,6 +287,8 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
             reasons[f"{where}averaged"] = f"config.{where}chosen is {training.chosen!r}"
     if not config.adaptation.training.evaluate_every:
         reasons["adaptation.dev_texts"] = "config.adaptation.training.evaluate_every is 0"
+    if config.distillation.learns == "labels":
+        reasons["distillation.objective"] = "config.distillation.learns is 'labels'"
     if not config.evaluates_task:
         reasons["task.dev"] = "no stage of the task has evaluate_every above 0"
     systems = config.evaluation.systems

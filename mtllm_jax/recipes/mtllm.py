@@ -71,13 +71,18 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
             console=console,
         )
     results = {"task": made.task.name, "seeds": list(config.task_seeds)} | scores
+    if config.distillation.learns == "labels":
+        results["stage_2b"] = "labels"
     if not distributed.is_first():
         return
     results |= {"seconds": job.seconds, "time": job.time, "peak_memory_gb": job.peak_memory_gb}
     folder.write_json("results.json", results)
+    titles = TRAINED_STAGES
+    if config.distillation.learns == "labels":
+        titles = titles | {"distillation": "stage 2b, the task's labels"}
     curves = {
         title: read_metrics(folder.path / name / "metrics.jsonl")
-        for name, title in TRAINED_STAGES.items()
+        for name, title in titles.items()
         if (folder.path / name / "metrics.jsonl").exists()
     }
     write_report(folder.path, results, to_dict(config), curves, facts(job, made.task))

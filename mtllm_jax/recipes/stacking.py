@@ -502,7 +502,7 @@ def _task_rows(
 
 
 class StackClassifier(nnx.Module):
-    """The stack and the teacher's head: the system that is shipped."""
+    """The stack and a head, the teacher's or its own: the system that is shipped."""
 
     def __init__(self, stack: Stack, head: Linear):
         self.stack = stack
@@ -600,6 +600,67 @@ def task_distillation(
         return StackClassifier(nnx.merge(graph, trained, frozen), teacher.head)
 
 
+def new_student(
+    config: MTLLM, parts: Parts, adapted: nnx.State | None, num_outputs: int, seed: int
+) -> StackClassifier:
+    """The stack as stage 1 left it (None: afresh) and a fresh head."""
+    stack = build_stack(config, parts, seed)
+    if adapted is not None:
+        stack = with_trained(config, stack, adapted)
+    head = classification_head(parts.llm.config.width, num_outputs, nnx.Rngs(seed + 2))
+    return StackClassifier(stack, head)
+
+
+def tuning_objective(config: MTLLM, graph: nnx.GraphDef, num_choices: int = 0) -> Objective:
+    """Cross-entropy of the task's English labels, as `teacher_objective`, by the stack itself."""
+    dtype, causal = jnp.dtype(config.compute_dtype), not config.bidirectional
+    noise = (config.distillation.noise_position, config.distillation.noise_text)
+
+    def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
+        model: StackClassifier = nnx.merge(graph, trainable, frozen)
+        pooled_BND = model.stack.pooled(
+            batch["source_ids"],
+            batch["source_segments"],
+            batch["example"].shape[1],
+            causal=causal,
+            dtype=dtype,
+            noise=noise,
+            key=key,
+            choices=_choices(batch, num_choices),
+        )
+        return _classified(model.head(pooled_BND), batch, num_choices)
+
+    return objective
+
+
+def task_tuning(job: Job[MTLLM], parts: Parts, task: Task, adapted: nnx.State) -> StackClassifier:
+    """Stage 2b without a teacher: the stack and a head of its own learn the task's labels."""
+    config, seed = job.config, job.stage_seed("distillation")
+    training = config.distillation.training
+    with job.stage("distillation", "stage 2b, the task's labels") as stage:
+        model = new_student(config, parts, adapted, task.num_outputs, seed)
+        graph, trainable, frozen = split(model, is_trained(config))
+        read = functools.cache(lambda: _source_rows(parts, task, task.train, training))
+        trained = fit(
+            stage,
+            "stage 2b",
+            training,
+            objective=tuning_objective(config, graph, task.num_choices),
+            trainable=trainable,
+            frozen=frozen,
+            rows=lambda: read().rows,
+            mesh=job.mesh,
+            seed=seed,
+            console=job.console,
+            watch=job.watch,
+            add=lambda: read().beside({"label": task.label_ids(task.train)}),
+            dev=lambda: _source_rows(parts, task, task.dev, training).data(
+                {"label": task.label_ids(task.dev)}
+            ),
+        )
+        return nnx.merge(graph, trained, frozen)
+
+
 def with_trained(config: MTLLM, model: Any, trained: nnx.State) -> Any:
     """The model with `trained` in the place of what learns."""
     graph, _, frozen = split(model, is_trained(config))
@@ -621,6 +682,11 @@ def load_trained(
 
     fresh_teacher = new_teacher(config, parts, num_outputs, seed=0)
     teacher = trained(of_teacher(config), fresh_teacher, "teacher")
+    if config.distillation.learns == "labels":
+        student = new_student(config, parts, None, num_outputs, seed=0)
+        student = trained(config, student, "distillation")
+        student.stack.encoder.whole()
+        return teacher, student
     stack = build_stack(config, parts, seed=0)
     if config.distillation.start == "stage1+teacher":
         # For the frozen weights' sake, beside adapters: what learnt is read in the next line.

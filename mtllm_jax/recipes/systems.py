@@ -107,7 +107,10 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         first = seed == config.task_seeds[0]
         seeded = dataclasses.replace(job, seed=seed) if first else job.of_seed(seed)
         teacher = stacking.task_teacher(seeded, parts, task)
-        student = stacking.task_distillation(seeded, parts, task, adapted, teacher)
+        if config.distillation.learns == "labels":
+            student = stacking.task_tuning(seeded, parts, task, adapted)
+        else:
+            student = stacking.task_distillation(seeded, parts, task, adapted, teacher)
         alone = "mt_encoder" in wanted
         by_encoder = stacking.mt_encoder_baseline(seeded, parts, task) if alone else None
         return Tuned(teacher, student, by_encoder)
