@@ -18,9 +18,8 @@ from dated import ROOT, page, table, write
 
 TRAIN = "python launch/train.py --config=configs/mtllm.py"
 SHORT = (
-    "--config.evaluation.split=dev --config.evaluation.max_new_tokens=2"
-    " --config.text.dev_pairs=100 --config.adaptation.training.steps=400"
-    " --config.distillation.training.steps=150 --config.mt_encoder.steps=1"
+    "--config.evaluation.split=dev --config.evaluation.systems=mt_llm --config.text.dev_pairs=100"
+    " --config.adaptation.training.steps=400 --config.distillation.training.steps=150"
 )
 # What is changed, and the flags that do it, behind `--config.`.
 RUNS = {
@@ -37,6 +36,7 @@ RUNS = {
     "cosine instead": "OBJECTIVE.mse=0 OBJECTIVE.cosine=1",
     "contrastive instead": "OBJECTIVE.mse=0 OBJECTIVE.contrastive=1",
     "contrastive too, 0.1": "OBJECTIVE.contrastive=0.1",
+    "per token too, 1": "adaptation.objective.per_token=1",
     "logits too, 1": "distillation.objective.logits_kl=1",
 }
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "babel")

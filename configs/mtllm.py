@@ -7,6 +7,7 @@
     python launch/train.py --config=configs/mtllm.py:llama3-8b-24gb …  the same on one GPU of 24 GB
     …:mini-all                           the tiny default in all languages of CLDR
     …:llama2-7b, mistral-7b, qwen3-8b    other LLMs; smollm2, e5-smollm2    small real ones
+    … --config.trained=bridge            an ablation; the README has the fields of all of them
 
 Where values come from: [code] the authors' public code, [ours] our own choice, as is what has no
 tag.

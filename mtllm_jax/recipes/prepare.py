@@ -51,6 +51,9 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     if alpha := config.adaptation.subword_sampling:
         with naming("adaptation.subword_sampling"):
             source.encode(["a"], config.english, sampling_alpha=alpha)
+    if config.adaptation.objective.per_token:
+        with naming("adaptation.objective.per_token"):
+            source.encode_ends(["a"], config.english)
     task = read_task(config, source.languages) if config.task.given else None
     texts, note = unseen_texts(config, task)
     if note:
@@ -73,8 +76,8 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     training = config.adaptation.training
     flags = [f"--config.adaptation_text={to}"] + [
         f"--config.adaptation.training.{side}_length={length}"
-        for side, length in maker.lengths.items()
-        if length != getattr(training, f"{side}_length")
+        for side in ("source", "target")
+        if (length := maker.lengths[side]) != getattr(training, f"{side}_length")
     ]
     console.print(f"Train on it with {' '.join(flags)}")
 

@@ -484,7 +484,8 @@ def test_a_run_takes_the_folder_in_place_of_the_text(folder, prepared_folder):
 
 def test_fitted_lengths_come_with_the_flags_that_take_them(folder, tmp_path):
     said = io.StringIO()
-    config = config_of(folder, adaptation__training__source_length=256)
+    changes = {"adaptation__training__source_length": 256, "adaptation__objective__per_token": 1.0}
+    config = config_of(folder, **changes)
     to = tmp_path / "rows"
     recipe.run(config, str(to), workers=0, fit_lengths=True, console=Console(said))
     lengths = Prepared(to).rows().lengths
@@ -498,6 +499,10 @@ def test_fitted_lengths_come_with_the_flags_that_take_them(folder, tmp_path):
         (
             {"adaptation__training__target_length": 64},
             "training.target_length 40, here it is 64; set it so, or prepare again",
+        ),
+        (
+            {"adaptation__objective__per_token": 0.5},
+            "objective.per_token above 0: False, here it is True; set it so, or prepare again",
         ),
         (
             {"adaptation__training__source_length": 64},
