@@ -1,15 +1,16 @@
 """Score a model in many languages: python launch/evaluate.py --model=RUN --task=NAME --data=PATH
 
 RUN: a finished run, or what launch/export.py wrote. --test=FILE in the place of --task: rows of
-your own, columns text (and text_pair), label, language. The same command again goes on where it
-stopped; with --against=PREDICTIONS.jsonl|RUN it compares, row by row, without answering again.
+your own, columns text (and text_pair, or question and choices), label, language. The same command
+again goes on where it stopped; with --against=PREDICTIONS.jsonl|RUN it compares, row by row,
+without answering again.
 """
 
 from absl import flags
 
 from mtllm_jax import cli, distributed
 
-_MODEL = flags.DEFINE_string("model", None, "folder of a finished run, or what export.py wrote")
+_MODEL, _BATCH_ROWS, _FSDP = cli.model_flags()
 _TASK = flags.DEFINE_string("task", "", "a published benchmark: sib200, nusax, xnli, …")
 _DATA = flags.DEFINE_string("data", "", "of --task: the folder of its files")
 _ENGLISH_DATA = flags.DEFINE_string(
@@ -20,8 +21,6 @@ _LANGUAGES = flags.DEFINE_list("languages", ["all"], "FLORES-200 codes; all: tho
 _LIMIT = flags.DEFINE_integer("limit", None, "rows of each language, labels in proportion (all)")
 _AGAINST = flags.DEFINE_string("against", "", "predictions of another system: a file, or a run")
 _TO = flags.DEFINE_string("to", "", "folder to be written (evaluations/NAME-MODEL)")
-_BATCH_ROWS = flags.DEFINE_integer("batch_rows", 32, "texts in one forward pass")
-_FSDP = flags.DEFINE_integer("fsdp", 1, "devices that each copy of the weights is cut over")
 
 
 def main() -> None:

@@ -1,23 +1,22 @@
 """Label texts in any language: python launch/predict.py --model=RUN --input=FILE --output=FILE
 
-In: columns text, language (a FLORES-200 code), perhaps text_pair, and any others, which are kept.
-Out: the rows with prediction and probabilities, or with a vector. The same command again goes on
-where it stopped. Rows without an answer go to OUTPUT.rejects.jsonl with the reason.
+In: columns text, language (a FLORES-200 code), perhaps text_pair, or for multiple choice question
+and choices, and any others, which are kept. Out: the rows with prediction (a label, or the number
+of a choice) and probabilities, or with a vector. The same command again goes on where it stopped.
+Rows without an answer go to OUTPUT.rejects.jsonl with the reason.
 """
 
 from absl import flags
 
 from mtllm_jax import cli, distributed
 
-_MODEL = flags.DEFINE_string("model", None, "folder of a finished run, or what export.py wrote")
+_MODEL, _BATCH_ROWS, _FSDP = cli.model_flags()
 _INPUT = flags.DEFINE_string(
     "input", None, ".jsonl, .jsonl.gz, .csv, .tsv or .parquet; -: JSON lines on standard input"
 )
 _OUTPUT = flags.DEFINE_string("output", None, ".jsonl or .parquet, to be written")
 _VECTORS = flags.DEFINE_bool("vectors", False, "the stack's vectors in the place of labels")
 _LANGUAGE = flags.DEFINE_string("language", "", "FLORES-200 code of rows that do not say theirs")
-_BATCH_ROWS = flags.DEFINE_integer("batch_rows", 32, "texts in one forward pass")
-_FSDP = flags.DEFINE_integer("fsdp", 1, "devices that each copy of the weights is cut over")
 
 
 def main() -> None:

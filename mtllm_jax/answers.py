@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,6 +77,7 @@ def new_answers(target: Path, total: int) -> Iterator[Answers]:
         if answers.rows != total:
             raise ValueError(f"the rows have changed: they were {total}; start again.")
         if not answers.answered:
+            shutil.rmtree(parts_of(target))  # which hold nothing, so that the input can be mended
             raise ValueError(
                 f"none of the {total} rows can be answered; the first, {answers.first}."
             )

@@ -1,8 +1,9 @@
 """A trained stack in Python: texts in any language of its encoder → vectors and labels.
 
-M texts, D LLM width, C classes.
+M texts or rows, D LLM width, C classes or choices.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from jax.typing import DTypeLike
 from mtllm_jax import sharding
 from mtllm_jax.config import Mesh
 from mtllm_jax.data.benchmarks import source_language
-from mtllm_jax.data.tokenise import SourceTokenizer, source_tokenizer
+from mtllm_jax.data.files import choice_row
+from mtllm_jax.data.tokenise import Marked, SourceTokenizer, source_tokenizer
 from mtllm_jax.hf.stack import MODEL_TYPES, load_stack
 from mtllm_jax.inference import Vectors
 from mtllm_jax.models.layers import Linear
@@ -31,7 +33,8 @@ WINDOW = 1024  # rows that are tokenised, sorted by length and answered together
 class Model:
     """A stack, and the head of its task where it has one. Made by `load`.
 
-    labels: the task's, in the order of their ids; none for a stack without a task. languages: the
+    kind: of the head, "none", "classification" or "multiple_choice". labels: of a classification,
+    in the order of their ids; choices are called "1", "2", … by their place. languages: the
     FLORES-200 codes that texts may be in, those of the encoder; how well it reads each is another
     matter. width: D.
     """
@@ -42,6 +45,7 @@ class Model:
         tokenizer: SourceTokenizer,
         *,
         head: Linear | None,
+        kind: str,
         labels: Sequence[str],
         causal: bool,
         dtype: DTypeLike,
@@ -49,18 +53,24 @@ class Model:
         batch_rows: int,
         mesh: jax.sharding.Mesh,
     ):
+        self.kind = kind
         self.labels = tuple(labels)
         self.languages = tokenizer.languages
         self._tokenizer = tokenizer
         self._max_length = max_length
         self.width = stack.llm.config.width
         self._head_DC = None if head is None else np.asarray(head.kernel[...], np.float32)
-        self._run = Vectors(
-            *stacking.stack_forward(stack, causal=causal, dtype=dtype),
-            pad_id=tokenizer.pad_id,
-            batch_rows=batch_rows,
-            mesh=mesh,
-        )
+
+        @functools.cache
+        def run(num_choices: int) -> Vectors:
+            return Vectors(
+                *stacking.stack_forward(stack, causal=causal, dtype=dtype, num_choices=num_choices),
+                pad_id=tokenizer.pad_id,
+                batch_rows=batch_rows,
+                mesh=mesh,
+            )
+
+        self._run = run  # for texts 0, or by the number of a row's choices
 
     def encode(
         self,
@@ -79,7 +89,7 @@ class Model:
         tokens = self._tokens(texts, lang, pairs)
         if not tokens:
             return np.empty((0, self.width), np.float32)
-        return self._run(tokens)
+        return self._run(0)(tokens)
 
     def shares(
         self,
@@ -91,11 +101,10 @@ class Model:
 
         ValueError also for a stack without a classification head.
         """
-        if self._head_DC is None:
-            raise ValueError("this stack has no classification head; `encode` gives its vectors.")
-        logits_MC = self.encode(texts, lang, pairs) @ self._head_DC
-        odds_MC = np.exp(logits_MC - logits_MC.max(axis=1, keepdims=True, initial=-np.inf))
-        return odds_MC / odds_MC.sum(axis=1, keepdims=True)
+        if self._head_DC is None or self.kind != "classification":
+            other = "`choose`" if self._head_DC is not None else "`encode`"
+            raise ValueError(f"this stack has no classification head; there is {other}.")
+        return _softmax(self.encode(texts, lang, pairs) @ self._head_DC)
 
     def classify(
         self,
@@ -106,21 +115,92 @@ class Model:
         """For each text the probability of every label, the likeliest first; as `shares`."""
         return [self.ranked(share_C) for share_C in self.shares(texts, lang, pairs)]
 
+    def choose(
+        self,
+        contexts: Sequence[str],
+        questions: Sequence[str],
+        choices: Sequence[Sequence[str]],
+        lang: str | Sequence[str],
+    ) -> list[list[float]]:
+        """The probability of each choice of each row, in the order given; lang as of `encode`.
+
+        A row of too many tokens loses the end of its context. ValueError also for a stack without a
+        head for choices, and for a row whose question and choices alone are too long.
+        """
+        if self._head_DC is None or self.kind != "multiple_choice":
+            raise ValueError("this stack has no head for choices.")
+        codes = [lang] * len(contexts) if isinstance(lang, str) else list(lang)
+        columns = zip(contexts, questions, choices, codes, strict=True)
+        rows = [
+            {"id": i, "context": context, "question": question, "choices": each, "language": code}
+            for i, (context, question, each, code) in enumerate(columns)
+        ]
+        answers: list[list[float]] = [[] for _ in rows]
+        for count in sorted({len(each) for each in choices}):
+            places = [i for i, each in enumerate(choices) if len(each) == count]
+            marked = self._choice_tokens([rows[i] for i in places])
+            scores_MC = (self._run(count)(*marked) @ self._head_DC)[..., 0]
+            for i, share_C in zip(places, _softmax(scores_MC).tolist(), strict=True):
+                answers[i] = share_C
+        return answers
+
+    def _choice_tokens(self, rows: Sequence[Mapping[str, Any]]) -> Marked:
+        known = {row["language"] for row in rows}
+        told = {code: source_language(code, self.languages) for code in known}
+        codes = [told[row["language"]] for row in rows]
+        return self._tokenizer.encode_choices(rows, codes, max_length=self._max_length)
+
+    def refusal(self, row: Mapping[str, Any]) -> str:
+        """Why a row of multiple choice, in a language that is known, has no answer, or ""."""
+        try:
+            told = choice_row(row, "row") | {"id": "", "language": row["language"]}
+            self._choice_tokens([told])
+        except ValueError as error:
+            return str(error).partition(": ")[2].rstrip(".")
+        return ""
+
+    def row_shares(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """As `shares`, of rows as of `predict`; 0 for choices that a row does not have."""
+        if self.kind != "multiple_choice":
+            return self.shares(*columns(rows))
+        given = [choice_row(row, f"row {i}") for i, row in enumerate(rows)]
+        shares = self.choose(
+            [row["context"] for row in given],
+            [row["question"] for row in given],
+            [row["choices"] for row in given],
+            [row["language"] for row in rows],
+        )
+        share_MC = np.zeros((len(rows), max(map(len, shares), default=0)), np.float32)
+        for i, row_shares in enumerate(shares):
+            share_MC[i, : len(row_shares)] = row_shares
+        return share_MC
+
+    def answer(self, row: Mapping[str, Any], share_C: np.ndarray) -> dict[str, Any]:
+        """Of a row and its shares: "prediction", a label or the number of a choice, from 1, and
+        "probabilities" by label, the likeliest first."""
+        names = self.labels
+        if self.kind == "multiple_choice":
+            count = len(choice_row(row, "row")["choices"])
+            names, share_C = tuple(str(i + 1) for i in range(count)), share_C[:count]
+        ranked = _ranked(names, share_C)
+        return {"prediction": next(iter(ranked)), "probabilities": ranked}
+
     def ranked(self, share_C: np.ndarray) -> dict[str, float]:
         """Probabilities by label, the likeliest first; of equal ones the first of `labels`."""
-        order = np.argsort(-share_C, kind="stable")
-        return {self.labels[i]: float(share_C[i]) for i in order}
+        return _ranked(self.labels, share_C)
 
     def predict(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Each row with "prediction", a label, and "probabilities" as `classify` has them.
+        """Each row with its "prediction" and "probabilities", as of `answer`.
 
-        rows: mappings with "text", "language" and perhaps "text_pair"; what else they hold is kept.
-        They are read as answers are asked for, some a thousand ahead. ValueError as `classify`.
+        rows: mappings with "text", "language" and perhaps "text_pair"; of multiple choice with
+        "context" or "text", perhaps "question", and "choices". What else they hold is kept. They
+        are read as answers are asked for, some a thousand ahead. ValueError as `classify` and
+        `choose`.
         """
         rest = iter(rows)
         while window := list(itertools.islice(rest, WINDOW)):
-            for row, answer in zip(window, self.classify(*columns(window)), strict=True):
-                yield {**row, "prediction": next(iter(answer)), "probabilities": answer}
+            for row, share_C in zip(window, self.row_shares(window), strict=True):
+                yield {**row, **self.answer(row, share_C)}
 
     def _tokens(
         self,
@@ -155,6 +235,16 @@ class Model:
             )
             tokens |= dict(zip(places, encoded, strict=True))
         return [tokens[i] for i in range(len(texts))]
+
+
+def _softmax(scores_MC: np.ndarray) -> np.ndarray:
+    odds_MC = np.exp(scores_MC - scores_MC.max(axis=1, keepdims=True, initial=-np.inf))
+    return odds_MC / odds_MC.sum(axis=1, keepdims=True)
+
+
+def _ranked(names: Sequence[str], share_C: np.ndarray) -> dict[str, float]:
+    order = np.argsort(-share_C, kind="stable")
+    return {names[i]: float(share_C[i]) for i in order}
 
 
 def columns(
@@ -193,7 +283,8 @@ def load(
         return Model(
             exported.stack,
             source_tokenizer(folder, legacy_source_order=legacy),
-            head=exported.head if exported.kind == "classification" else None,
+            head=exported.head,
+            kind=exported.kind,
             labels=exported.labels,
             causal=not exported.bidirectional,
             dtype=np.float32,
@@ -207,7 +298,8 @@ def load(
     return Model(
         student.stack,
         parts.source,
-        head=None if run.num_choices else student.head,
+        head=student.head,
+        kind="multiple_choice" if run.num_choices else "classification",
         labels=() if run.num_choices else run.labels,
         causal=not run.config.bidirectional,
         dtype=run.config.compute_dtype,

@@ -56,6 +56,20 @@ _LIBRARIES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "pur
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
+def model_flags() -> tuple[
+    flags.FlagHolder[str | None], flags.FlagHolder[int], flags.FlagHolder[int]
+]:
+    """Define --model, --batch_rows and --fsdp, of the tools that use a trained model."""
+    model = "folder of a finished run, or what export.py wrote"
+    fsdp = "devices that each copy of the weights is cut over"
+    tool: dict[str, Any] = {"module_name": sys.argv[0]}  # which then counts them as its own
+    return (
+        flags.DEFINE_string("model", None, model, **tool),
+        flags.DEFINE_integer("batch_rows", 32, "texts in one forward pass", **tool),
+        flags.DEFINE_integer("fsdp", 1, fsdp, **tool),
+    )
+
+
 def run_main(
     main: Callable[..., None],
     usage: str,

@@ -20,7 +20,9 @@ from mtllm_jax import api, distributed, scores
 from mtllm_jax.data import formats
 from mtllm_jax.data.benchmarks import STAND_INS, read_benchmark, source_language
 from mtllm_jax.data.benchmarks.benchmark import sample
-from mtllm_jax.data.files import check_columns, read_rows
+from mtllm_jax.data.benchmarks.layouts import Kind
+from mtllm_jax.data.benchmarks.own import read_labelled
+from mtllm_jax.data.files import check_columns, label_names
 from mtllm_jax.hf.files import is_remote
 from mtllm_jax.languages import ENGLISH, LANGUAGES
 from mtllm_jax.metrics import Console, Stage
@@ -91,8 +93,10 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What is evaluated. labels: all that there are; notes: sentences for who reads the results."""
+    """What is evaluated. kind: of the task. labels: all that there are; of choices their numbers.
+    notes: sentences for who reads the results."""
 
+    kind: Kind
     rows: Sequence[Row]
     labels: tuple[str, ...]
     notes: tuple[str, ...]
@@ -133,7 +137,7 @@ def evaluate(
         console.print(f"the answers are those in {folder / _PREDICTIONS}")
     else:
         opened = open_model(model, batch_rows=batch_rows, fsdp=fsdp)
-        _check_labels(source, read, model, opened.labels)
+        _check_labels(source, read, model, opened)
         _answer(opened, _readable(source, read, opened.languages), folder, about, console)
     if not distributed.is_first():
         return {}
@@ -168,24 +172,29 @@ def _read(source: Source) -> Rows:
             splits=("test",),
             limit=source.limit,
         )
-        if read.kind == "choice":
-            raise ValueError(f"--task={source.task} is multiple choice, which is not read yet.")
-        return Rows(read.test, read.labels, read.notes)
-    rows = read_rows(
-        source.test,
-        columns={"text": str, "label": str, "language": str},
-        languages=(*LANGUAGES, *STAND_INS),
-    )
+        return Rows(read.kind, read.test, read.labels, read.notes)
+    kind, labels, rows = read_labelled(source.test, (*LANGUAGES, *STAND_INS))
     if missing := [code for code in source.languages if code not in {r["language"] for r in rows}]:
         raise ValueError(f"--languages names {missing[0]}; {source.test} has no rows in it.")
     rows = [row for row in rows if not source.languages or row["language"] in source.languages]
     if source.limit is not None:
         rows = sample(rows, source.limit)
-    return Rows(rows, tuple(sorted({row["label"] for row in rows})), ())
+    if kind != "choice":
+        labels = label_names(rows)
+    return Rows(kind, rows, labels, ())
 
 
-def _check_labels(source: Source, read: Rows, model: str, labels: Sequence[str]) -> None:
-    """Those of a file may be fewer than the model's, as it may be small."""
+def _check_labels(source: Source, read: Rows, model: str, opened: api.Model) -> None:
+    """Those of a file may be fewer than the model's, as it may be small. Choices have none."""
+    of_choices = opened.kind == "multiple_choice"
+    if (read.kind == "choice") != of_choices:
+        raise ValueError(
+            f"{source.test or source.task} is {'' if read.kind == 'choice' else 'not '}multiple"
+            f" choice, and --model={model} was {'' if of_choices else 'not '}trained for it."
+        )
+    labels = opened.labels
+    if of_choices:
+        return
     if set(read.labels) == set(labels) or (source.test and set(read.labels) <= set(labels)):
         return
     theirs = ", ".join(map(repr, labels)) if labels else "none, as it has no head"
@@ -249,13 +258,13 @@ def _answer(
         kept = ("id", "language", *TEXTS, "label")
         written = [
             {name: row[name] for name in kept if name in row}
-            | {"prediction": next(iter(model.ranked(share_C)))}
+            | {"prediction": model.answer(row, share_C)["prediction"]}
             for window in cut(read.rows, api.WINDOW)
             for row, share_C in zip(window.rows, parts.read(window), strict=True)
         ]
         told = {
             "about": about,
-            "labels": model.labels,
+            "labels": read.labels if read.kind == "choice" else model.labels,
             "notes": read.notes,
             "seconds": round(stage.seconds, 2),
         }
@@ -295,7 +304,7 @@ class _Other:
         """Its answers to our rows. ValueError where there are none, or two to a row."""
         same = [name for name in ("id", "language", *TEXTS) if name in self.answers]
         same = [name for name in same if name in ours]
-        found = self.answers.merge(ours[same], on=same)
+        found = self.answers.merge(ours[same].map(str), on=same)  # choices are a list
         if found.empty:
             raise ValueError(f"--against: {self.path} has no row in common with these.")
         twice = found[found.duplicated(["id", "language"])]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from mtllm_jax.config import Mesh
 from mtllm_jax.data.unlabelled import Scan, Window, scan, windows
 from mtllm_jax.metrics import Console
 from mtllm_jax.parts import Parts
+from mtllm_jax.recipes.stacking import WEIGHTS
 from mtllm_jax.runfolder import new_file
 
 STANDARD_INPUT = "-"
@@ -71,7 +72,7 @@ def predict(
             _keep_standard_input(source)
         try:
             columns = ["vector"] if vectors else ["prediction", "probabilities"]
-            required = ["text"] if language else ["text", "language"]
+            required = [("text", "context")] + [("language",)] * (not language)
             scans.append(scan(source, required=required, reserved=columns))
         except ValueError:
             _forget_standard_input(rows, source)
@@ -81,13 +82,20 @@ def predict(
     fingerprint = check_model(model)
     total = distributed.by_first(look)
     opened = open_model(model, batch_rows=batch_rows, fsdp=fsdp)
-    if not vectors and not opened.labels:
-        raise ValueError(f"--model={model} has no classification head; --vectors has its vectors.")
+    if not vectors and opened.kind == "none":
+        raise ValueError(f"--model={model} has no head; --vectors has its vectors.")
     answers = "vectors" if vectors else "probabilities"
     parts = Parts(parts_of(target), {"model": fingerprint, "answers": answers})
 
     def all_windows() -> Iterator[Window]:
-        return windows(source, api.WINDOW, language=language, readable=opened.languages)
+        choices = opened.kind == "multiple_choice" and not vectors
+        return windows(
+            source,
+            api.WINDOW,
+            language=language,
+            readable=opened.languages,
+            refusal=opened.refusal if choices else None,
+        )
 
     answer(opened, parts, all_windows(), total, vectors=vectors, console=console)
     if not distributed.is_first():
@@ -121,8 +129,10 @@ def check_model(folder: str) -> str:
     for weights in sorted(path.glob("*.safetensors")):
         about = weights.stat()
         told.update(f"{weights.name} {about.length} {about.mtime}".encode())
-    if (done := path / "distillation" / "done.json").exists():
-        told.update(done.read_bytes())
+    # Of a run: what was trained, and what the models' weights were, which opening it compares.
+    for name in ("distillation/done.json", WEIGHTS):
+        if (path / name).exists():
+            told.update((path / name).read_bytes())
     return told.hexdigest()[:16]
 
 
@@ -157,14 +167,17 @@ def answer(
     vectors: bool,
     console: Console,
 ) -> None:
-    """Have the model's array for each window in `parts`: float32 [M, C], or [M, D] of `vectors`."""
-    run = model.encode if vectors else model.shares
+    """Have the model's array for each window in `parts`: `row_shares`, or [M, D] of `vectors`."""
+
+    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        return model.encode(*api.columns(rows)) if vectors else model.row_shares(rows)
+
     count = jax.process_count()
     what = "answering" if count == 1 else f"answering, process 0 of {count}"
     begins = range(jax.process_index() * api.WINDOW, total, count * api.WINDOW)
     mine = sum(min(api.WINDOW, total - begin) for begin in begins)
     with console.progress(mine, what, unit="rows") as progress:
-        parts.fill(all_windows, lambda rows: run(*api.columns(rows)), progress.update)
+        parts.fill(all_windows, run, progress.update)
 
 
 def _keep_standard_input(path: Path) -> None:
@@ -198,7 +211,7 @@ def _write_out(
             if target.suffix == ".parquet":
                 writer.write_batch(table.batch(window.rows, values))
             else:
-                answers = _vectors(values) if vectors else _labels(model, values)
+                answers = _vectors(values) if vectors else _labels(model, window.rows, values)
                 pairs = zip(window.rows, answers, strict=True)
                 out.file.writelines(json_line(row | answer) for row, answer in pairs)
             out.answered += len(window.rows)
@@ -209,11 +222,11 @@ def _write_out(
     return out.rejected
 
 
-def _labels(model: api.Model, share_MC: np.ndarray) -> Iterator[Cells]:
-    for share_C in share_MC:
-        ranked = model.ranked(share_C)
-        shown = {label: round(share, _DIGITS) for label, share in ranked.items()}
-        yield {"prediction": next(iter(ranked)), "probabilities": shown}
+def _labels(model: api.Model, rows: Sequence[Cells], share_MC: np.ndarray) -> Iterator[Cells]:
+    for row, share_C in zip(rows, share_MC, strict=True):
+        answer = model.answer(row, share_C)
+        shares = answer["probabilities"].items()
+        yield answer | {"probabilities": {name: round(share, _DIGITS) for name, share in shares}}
 
 
 def _vectors(h_MD: np.ndarray) -> Iterator[Cells]:
@@ -226,7 +239,8 @@ class _Table:
     """Rows and their answers as Arrow has them, of one schema for all windows.
 
     A column of the input keeps its type where it is text, whole numbers, numbers or true and false;
-    another, or a mixed one, becomes JSON as text. Probabilities are in the order of labels.
+    another, or a mixed one, becomes JSON as text. Probabilities are in the order of labels; of
+    choices they are a list in theirs.
     """
 
     def __init__(self, model: api.Model, found: Scan, *, vectors: bool):
@@ -238,7 +252,9 @@ class _Table:
             types["vector"] = pa.list_(pa.float32(), model.width)
         else:
             types["prediction"] = pa.string()
-            types["probabilities"] = pa.struct([(label, pa.float32()) for label in model.labels])
+            by_label = pa.struct([(label, pa.float32()) for label in model.labels])
+            choices = model.kind == "multiple_choice"
+            types["probabilities"] = pa.list_(pa.float32()) if choices else by_label
         self.schema = pa.schema(list(types.items()))
 
     def batch(self, rows: Sequence[Cells], values: np.ndarray) -> pa.RecordBatch:
@@ -250,9 +266,12 @@ class _Table:
             flat = pa.array(values.reshape(-1), pa.float32())
             arrays.append(pa.FixedSizeListArray.from_arrays(flat, self._model.width))
         else:
-            labels = self._model.labels
-            best = [next(iter(self._model.ranked(share_C))) for share_C in values]
-            shares = [dict(zip(labels, map(float, share_C), strict=True)) for share_C in values]
+            pairs = zip(rows, values, strict=True)
+            answers = [self._model.answer(row, share_C) for row, share_C in pairs]
+            shares = [answer["probabilities"] for answer in answers]
+            if self._model.kind == "multiple_choice":
+                shares = [[each[name] for name in sorted(each, key=int)] for each in shares]
+            best = [answer["prediction"] for answer in answers]
             arrays += [pa.array(best, pa.string()), pa.array(shares, self.schema.types[-1])]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 

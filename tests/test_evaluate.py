@@ -26,6 +26,7 @@ class Made(api.Model):
     """A model without weights that reads the answer from the text: "3 a" is a, with "?" c."""
 
     def __init__(self):
+        self.kind = "classification"
         self.labels = LABELS
         self.languages = (*CODES[:4], "ind_Latn")  # of Madurese it knows the stand-in
         self.calls = 0
@@ -36,6 +37,12 @@ class Made(api.Model):
             "c" if "?" in (pair or text) else text[-1] for text, pair in self.zipped(texts, pairs)
         ]
         return np.array([[0.8 if label == word else 0.1 for label in LABELS] for word in words])
+
+    def choose(self, contexts, questions, choices, lang):
+        """Of each row the choice that its context says."""
+        self.calls += 1
+        chosen = zip(contexts, choices, strict=True)
+        return [[0.7 if one == context else 0.1 for one in each] for context, each in chosen]
 
     def zipped(self, texts, pairs):
         return zip(texts, pairs or [None] * len(texts), strict=True)
@@ -192,6 +199,41 @@ def test_pairs_of_texts(made):
     table().assign(text_pair="?").to_json("r.jsonl", orient="records", lines=True)
     evaluated()
     assert set(predictions()["prediction"]) == {"c"} and set(predictions()["text_pair"]) == {"?"}
+
+
+def test_multiple_choice(made):
+    """A file of one's own, a benchmark, another system's answers."""
+    rows = [
+        {
+            **{"id": str(i), "language": code, "text": "xyz"[i % 3], "question": "?"},
+            **{"choices": ["x", "y", "z"], "label": str(1 + (i % 3 if i else 2))},
+        }
+        for code in CODES[:2]
+        for i in range(6)
+    ]
+    pd.DataFrame(rows).to_json("c.jsonl", orient="records", lines=True)
+    with pytest.raises(ValueError, match=r"c.jsonl is multiple choice, and --model=M was not tr"):
+        evaluated(test="c.jsonl")
+    made.kind, made.labels = "multiple_choice", ()
+    with pytest.raises(ValueError, match=r"r.jsonl is not multiple choice, and --model=M was tr"):
+        evaluated(to="F")
+    results, _ = evaluated(test="c.jsonl")
+    assert results["systems"]["mt_llm"]["languages"] == {CODES[1]: pytest.approx(5 / 6)}
+    assert results["confusion"] == {
+        "labels": ["1", "2", "3"],
+        "counts": [[1, 0, 0], [0, 2, 0], [1, 0, 2]],
+    }
+    lines = Path("E/predictions/mt_llm.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [row["choices"] for row in found] == [row["choices"] for row in rows]
+    assert [row["prediction"] for row in found] == [str(1 + i % 3) for i in range(6)] * 2
+    shutil.copytree("E", "F2")
+    results, _ = evaluated(test="c.jsonl", against="F2")
+    assert results["against"]["tests"]["English"]["rows"] == 6
+    bad = pd.DataFrame(rows).assign(label="4")
+    bad.to_json("bad.jsonl", orient="records", lines=True)
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: the label is '4', it must be one of"):
+        evaluated(test="bad.jsonl", to="G")
 
 
 def test_a_stopped_start_is_gone_on_from(made, monkeypatch):

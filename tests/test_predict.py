@@ -38,6 +38,7 @@ class Made(api.Model):
     """A model without weights: what it answers is drawn from a digest of all that it is given."""
 
     def __init__(self):
+        self.kind = "classification"
         self.labels = ("a", "b", "c")
         self.languages = ("eng_Latn", "deu_Latn", "jpn_Jpan")
         self.width = 4
@@ -50,6 +51,21 @@ class Made(api.Model):
     def shares(self, texts, lang, pairs=None):
         h_MC = np.abs(self.encode(texts, lang, pairs)[:, :3])
         return h_MC / h_MC.sum(axis=1, keepdims=True)
+
+    def choose(self, contexts, questions, choices, lang):
+        self.calls += 1
+        rows = zip(contexts, questions, choices, lang, strict=True)
+        return [choice_shares(*row) for row in rows]
+
+    def _choice_tokens(self, rows):
+        if any("" in row["choices"] or "long" in row["choices"] for row in rows):
+            raise ValueError("row '' in eng_Latn: question and choices are 600 tokens")
+
+
+def choice_shares(context, question, choices, language):
+    """Of two choices or more, from a digest of each with all else."""
+    weights = [vector(context, f"{question}/{language}", choice)[0] for choice in choices]
+    return [float(weight / sum(weights)) for weight in weights]
 
 
 def vector(text, language, pair):
@@ -219,6 +235,26 @@ def test_mistakes_are_one_sentence(content, output, words, made):
     assert not made.calls
 
 
+def test_an_input_of_no_answers_is_mended_and_nothing_must_be_removed(made):
+    Path("r.jsonl").write_text('{"text": "a", "language": "de"}')
+    with pytest.raises(ValueError, match="none of the 1 rows can be answered"):
+        answered("r.jsonl")
+    write("r.jsonl", ROWS)
+    answered("r.jsonl")
+    assert read("out.jsonl") == [expected(row) for row in ROWS]
+    assert sorted(p.name for p in Path().iterdir()) == ["M", "out.jsonl", "r.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "weights.json", "distillation/done.json"])
+def test_a_run_of_other_weights_is_another_model(name, made):
+    """weights.json has the digests of the models that a run begins with."""
+    before = predict.check_model("M")
+    path = Path("M", name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"llm": "1"}')
+    assert predict.check_model("M") != before
+
+
 def test_a_column_of_vectors_is_refused_where_vectors_are_asked_for(made):
     rows = [row | {"vector": 1} for row in ROWS]
     answered(write("r.jsonl", rows))
@@ -232,6 +268,91 @@ def test_what_is_no_model(tmp_path):
     for options, words in (({"batch_rows": 0}, "--batch_rows is 0"), ({"fsdp": 3}, "--fsdp is 3")):
         with pytest.raises(ValueError, match=words):
             predict.open_model("M", **{"batch_rows": 8, "fsdp": 1} | options)
+
+
+# ---------------------------------------------------------------- multiple choice
+
+
+CHOICES = [
+    {"id": "1", "text": "A rainy day.", "question": "Why?", "choices": ["x", "y", "z"]},
+    {"id": "2", "context": "Sun", "question": None, "choices": ["long way", "y"]},
+    {"id": "3", "context": "Sun", "choices": ["y", "x"]},
+] * 3
+
+
+def expected_choice(row):
+    shares = choice_shares(
+        row.get("context", row.get("text")), row.get("question") or "", row["choices"], "deu_Latn"
+    )
+    named = {str(i): share for i, share in enumerate(shares, 1)}
+    best = max(named, key=named.get)
+    return row | {
+        **{"language": "deu_Latn", "prediction": best},
+        "probabilities": pytest.approx(named, abs=1e-6),
+    }
+
+
+def test_rows_of_choices(made):
+    """As many in each row as there are; in Parquet their probabilities stand in their order."""
+    made.kind, made.labels = "multiple_choice", ()
+    answered(write("r.jsonl", CHOICES), language="deu_Latn")
+    found = read("out.jsonl")
+    assert found == [expected_choice(row) for row in CHOICES]
+    for row in found:
+        shares = list(row["probabilities"].values())
+        assert shares == sorted(shares, reverse=True)
+    answered("r.jsonl", "out.parquet", language="deu_Latn")
+    for row, one in zip(pq.read_table("out.parquet").to_pylist(), found, strict=True):
+        assert row["prediction"] == one["prediction"]
+        named = {str(i): share for i, share in enumerate(row["probabilities"], 1)}
+        assert named == pytest.approx(one["probabilities"], abs=1e-6)
+    rows = [row | {"language": "deu_Latn"} for row in CHOICES]
+    assert list(made.predict(rows)) == [expected_choice(row) for row in rows]
+
+
+@pytest.mark.parametrize("columns", ["json", "apart"])
+def test_choices_in_tables(columns, made):
+    made.kind = "multiple_choice"
+    rows = [
+        {"text": "a", "language": "deu_Latn", "question": "q", "choices": [str(i), "y"]}
+        for i in range(5)
+    ]
+    apart = [{"choice1": row["choices"][0], "choice2": "y"} for row in rows]
+    for row, cells in zip(rows, apart, strict=True):
+        cells |= {name: row[name] for name in ("text", "language", "question")}
+    packed = [row | {"choices": json.dumps(row["choices"])} for row in rows]
+    answered(write("r.csv", packed if columns == "json" else apart))
+    wanted = [expected_choice(row) for row in rows]
+    for row, one in zip(read("out.jsonl"), wanted, strict=True):
+        assert (row["prediction"], row["probabilities"]) == (
+            one["prediction"],
+            one["probabilities"],
+        )
+
+
+def test_rows_of_choices_without_an_answer(made):
+    made.kind = "multiple_choice"
+    bad = [
+        ({"text": "x"}, "there are no choices"),
+        ({"question": "x", "choices": ["a", "b"]}, "there is no column 'text'"),
+        ({"text": "x", "choices": ["a"]}, "must be a list of two texts or more"),
+        ({"text": "x", "choices": ["a", ""]}, "the choice 2 is empty"),
+        ({"text": "x", "choices": ["a", "long"]}, "question and choices are 600 tokens"),
+        ({"text": "x", "choice1": "a", "choice3": "b"}, "choices must be numbered from 1 on"),
+    ]
+    rows = [CHOICES[0], *(row for row, _ in bad)]
+    Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answered("r.jsonl", language="deu_Latn")
+    assert read("out.jsonl") == [expected_choice(CHOICES[0])]
+    rejects = read("out.jsonl.rejects.jsonl")
+    for (row, reason), reject in zip(bad, rejects, strict=True):
+        assert reason in reject["reason"] and reject["row"] == row | {"language": "deu_Latn"}
+    # Vectors are of texts, whatever the head.
+    answered(write("v.jsonl", ROWS), "v.out.jsonl", vectors=True)
+    assert len(read("v.out.jsonl")) == len(ROWS)
+
+
+# ---------------------------------------------------------------- stopped, and begun again
 
 
 class Stopped(Exception):
@@ -391,7 +512,7 @@ def test_pairs_in_python(mini_run):
     np.testing.assert_allclose(alone, model.encode(texts[:1], "deu_Latn")[0], atol=1e-5)
     assert np.abs(alone - paired).max() > 1e-3
     tokens = model._tokenizer.encode(texts[:1], "deu_Latn", text_pairs=["Ghana"])
-    np.testing.assert_allclose(paired, model._run(tokens)[0], atol=1e-5)
+    np.testing.assert_allclose(paired, model._run(0)(tokens)[0], atol=1e-5)
     for function in (model.encode, model.classify):
         with pytest.raises(ValueError, match="2 texts, 1 pairs and 2 languages"):
             function(texts, codes, ["Ghana"])

@@ -1,14 +1,19 @@
 """Runs of other tasks than the embedded one: pairs, multiple choice, a published benchmark."""
 
+import io
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import reduced
 
+import mtllm_jax
+from mtllm_jax import evaluate
 from mtllm_jax.config import SYSTEMS
+from mtllm_jax.metrics import Console
 
 PAIRS = [("Kenya", "Ghana", "same"), ("Peru", "Togo", "other"), ("Cuba", "Chile", "same")] * 6
 TEST = [
@@ -105,6 +110,28 @@ def test_multiple_choice_and_its_export(mini_run, tmp_path):
         frame["language"].tolist(),
     )
     assert [1 + row.index(max(row)) for row in shares] == frame["prediction"].tolist()
+    # The run and its export, loaded here, say so too; the export's weights are the run's bits.
+    columns = [frame[name].tolist() for name in ("context", "question", "choices", "language")]
+    for folder in ("run", "out"):
+        loaded = mtllm_jax.load(tmp_path / folder)
+        np.testing.assert_allclose(loaded.choose(*columns), shares, atol=1e-5)
+        answers = list(loaded.predict(rows))
+        assert [int(row["prediction"]) for row in answers] == frame["prediction"].tolist()
+        assert [row["id"] for row in answers] == [row["id"] for row in rows]
+        with pytest.raises(ValueError, match="no classification head; there is `choose`"):
+            loaded.classify(["a"], "deu_Latn")
+        again = evaluate.evaluate(
+            str(tmp_path / folder),
+            evaluate.Source("", "", "", str(tmp_path / "b.jsonl"), (), None),
+            against=str(run),
+            to=str(tmp_path / f"scores-{folder}"),
+            batch_rows=4,
+            fsdp=1,
+            console=Console(io.StringIO()),
+        )
+        assert again["systems"]["mt_llm"] == results["systems"]["mt_llm"]
+        tests = again["against"]["tests"].values()
+        assert [test["only_ours"] + test["only_theirs"] for test in tests] == [0, 0]
 
 
 @pytest.mark.slow

@@ -117,6 +117,36 @@ def check_columns(names: Collection[str], required: Sequence[str], where: str) -
             )
 
 
+def choice_row(cells: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The "context", "question" and "choices" of a row of multiple choice.
+
+    The context is in the column context or text; a question need not be there; choices are as of
+    `read_rows`. ValueError, beginning with `where`, for what is missing or of another kind.
+    """
+    columns = _choice_columns(cells, where)
+    if not all(column in cells for column in columns):
+        raise ValueError(f"{where}: there are no choices.")
+    context = "context" if "context" in cells else "text"
+    check_columns(cells, [context], where)
+    question = cells.get("question")
+    return {
+        "context": cell_value(cells[context], str, context, where),
+        "question": cell_value(question, str, "question", where, may_be_blank=True),
+        "choices": _read_cells([cells[c] for c in columns], list, columns, where, False),
+    }
+
+
+def _choice_columns(cells: Collection[str], where: str) -> list[str]:
+    """The columns that choices are in; the one that they would be in where there are none."""
+    wanted = ["choices"] if "choices" in cells else [c for c in _CHOICES if c in cells]
+    if wanted not in (["choices"], [*_CHOICES[: len(wanted)]]):
+        raise ValueError(
+            f"{where}: there are the columns {', '.join(map(repr, wanted))}; choices must be"
+            " numbered from 1 on."
+        )
+    return wanted or ["choices"]
+
+
 def _check_language(code: str, allowed: Sequence[str], where: str) -> None:
     if len(allowed) == 1 and code not in allowed:
         raise ValueError(f"{where}: the language is {formats.show(code)}, it must be {allowed[0]}.")
@@ -146,13 +176,7 @@ def _find_columns(
     for name in kinds:
         wanted = _candidates(name, names)
         if name == "choices" and name not in names:
-            wanted = [name] if name in cells else [c for c in _CHOICES if c in cells]
-            if wanted not in ([name], [*_CHOICES[: len(wanted)]]):
-                raise ValueError(
-                    f"{where}: there are the columns {', '.join(map(repr, wanted))}; choices must"
-                    " be numbered from 1 on."
-                )
-            wanted = wanted or [name]
+            wanted = _choice_columns(cells, where)
         if name in required:
             check_columns(cells, wanted, where)
         if all(column in cells for column in wanted):

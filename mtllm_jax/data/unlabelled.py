@@ -1,8 +1,8 @@
 """Rows to be answered, read from a file a window at a time: files may be larger than memory.
 
-A row has `text`, `language` and perhaps `text_pair`; whatever else it holds is carried through.
-What is wrong with a file as such (its kind, its columns, a line that is no JSON, a row with too few
-cells) is an error; what is wrong with one row is the row's `problem`.
+A row has `text`, `language` and perhaps `text_pair`, or what `choice_row` reads; whatever else it
+holds is carried through. What is wrong with a file as such (its kind, its columns, a line that is
+no JSON, a row with too few cells) is an error; what is wrong with one row is the row's `problem`.
 """
 
 import dataclasses
@@ -55,18 +55,21 @@ class Scan:
     types: dict[str, set[type]]
 
 
-def scan(path: Path, *, required: Sequence[str], reserved: Collection[str]) -> Scan:
+def scan(path: Path, *, required: Sequence[tuple[str, ...]], reserved: Collection[str]) -> Scan:
     """Read all of a file, to know at the door what is wrong with it as such.
 
-    required: columns of the first row. reserved: columns that it may not have, as answers are
-    called so. Raises ValueError as `formats.records`, for a first row without a required column,
-    and for a file without rows.
+    required: columns of the first row, one of each tuple. reserved: columns that it may not have,
+    as answers are called so. Raises ValueError as `formats.records`, for a first row without a
+    required column, and for a file without rows.
     """
     formats.check_file(path, ROW_SUFFIXES)
     found = Scan(0, {})
     for line, cells in formats.stream(path):
         if not found.rows:
-            check_columns(cells, required, formats.header_at(path))
+            wanted = [
+                next((name for name in names if name in cells), names[0]) for names in required
+            ]
+            check_columns(cells, wanted, formats.header_at(path))
         for name in reserved:
             if name in cells:
                 raise ValueError(
@@ -84,9 +87,17 @@ def scan(path: Path, *, required: Sequence[str], reserved: Collection[str]) -> S
     return found
 
 
-def windows(path: Path, size: int, *, language: str, readable: Collection[str]) -> Iterator[Window]:
+def windows(
+    path: Path,
+    size: int,
+    *,
+    language: str,
+    readable: Collection[str],
+    refusal: Callable[[dict[str, Any]], str] | None = None,
+) -> Iterator[Window]:
     """All rows, `size` to a window. language: of rows that do not say theirs; "" = they must.
-    readable: the languages that the model knows."""
+    readable: the languages that the model knows. refusal: of rows of multiple choice, why one has
+    no answer, or ""; None for rows of texts."""
 
     @functools.cache  # to look for what is near an unknown one takes a while
     def problem(code: str) -> str:
@@ -96,7 +107,9 @@ def windows(path: Path, size: int, *, language: str, readable: Collection[str]) 
             return str(error)
         return ""
 
-    return in_windows(path, size, lambda line, cells: _entry(line, cells, language, problem))
+    return in_windows(
+        path, size, lambda line, cells: _entry(line, cells, language, problem, refusal)
+    )
 
 
 def in_windows(
@@ -114,11 +127,17 @@ def in_windows(
         yield Window(place, entries)
 
 
-def _entry(line: int, cells: dict[str, Any], language: str, problem: Callable[[str], str]) -> Entry:
+def _entry(
+    line: int,
+    cells: dict[str, Any],
+    language: str,
+    problem: Callable[[str], str],
+    refusal: Callable[[dict[str, Any]], str] | None,
+) -> Entry:
     if language and cells.get("language") in (None, ""):
         cells["language"] = language
     try:
-        for name in _READ:
+        for name in _READ if refusal is None else ("language",):
             if name not in cells and name != "text_pair":
                 raise ValueError(f"row: there is no {name}.")
             if name in cells:
@@ -126,7 +145,10 @@ def _entry(line: int, cells: dict[str, Any], language: str, problem: Callable[[s
                 cells[name] = cell_value(cell, str, name, "row")
     except ValueError as error:
         return Entry(line, cells, str(error).removeprefix("row: ").rstrip("."))
-    return Entry(line, cells, problem(cells["language"]))
+    reason = problem(cells["language"])
+    if refusal is not None and not reason:
+        reason = refusal(cells)
+    return Entry(line, cells, reason)
 
 
 def _json_cell(cell: Any) -> Any:

@@ -31,11 +31,7 @@ def read_own(
     Raises ValueError as `read_rows` does, for one label alone, for files of different kinds, and
     for test rows in `english` alone.
     """
-    kind, rows = _read(train, None, (english,), english)
-    labels = label_names(rows)
-    if kind == "choice":  # now that their number is known
-        labels = tuple(str(i) for i in range(1, len(rows[0]["choices"]) + 1))
-        kind, rows = _read(train, labels, (english,), english)
+    kind, labels, rows = read_labelled(train, (english,), english)
     if len(labels) < 2:
         raise ValueError(f"{train} holds one label alone, {labels[0]!r}.")
     read = {"train": rows, "dev": [], "test": []}
@@ -58,6 +54,19 @@ def read_own(
         test=sample(read["test"], limit) if limit is not None else read["test"],
         licence="your own files",
     )
+
+
+def read_labelled(
+    path: str | Path, languages: Collection[str], english: str | None = None
+) -> tuple[Kind, tuple[str, ...], list[Row]]:
+    """The rows of one file in the `languages`, their kind, and all labels: those that occur, or the
+    numbers of the choices. english: the language of rows that do not say theirs; None where they
+    must. ValueError as `read_rows`."""
+    kind, rows = _read(path, None, languages, english)
+    if kind != "choice":
+        return kind, label_names(rows), rows
+    labels = tuple(str(i) for i in range(1, len(rows[0]["choices"]) + 1))
+    return kind, labels, _read(path, labels, languages, english)[1]
 
 
 def _read(
