@@ -7,6 +7,7 @@ value, [ours] our own choice.
 
 import contextlib
 import dataclasses
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -317,6 +318,100 @@ class Distillation:
         )
         self.objective.check("distillation.objective")
         _require_noise("distillation", self.noise_position, self.noise_text)
+
+
+# What a transfer set's rows are, beside translation and completion: languages of the instruction
+# and of the answer, L the resource-rich one, T a target.
+COMBINATIONS = ("LL", "LT", "TL", "TT")
+
+
+@dataclass(frozen=True)
+class TransferSet:
+    """Which rows an LLM is trained on to answer in other languages: SDRRL's, or a baseline's.
+
+    The kinds' weights say how often each row of a kind is there: 0 none, 0.5 half of them, drawn by
+    the seed, 2 each twice. That there are these kinds is known second-hand; every number is ours.
+    """
+
+    source: str  # FLORES-200 code of L. [abs] English or French
+    targets: tuple[str, ...]  # FLORES-200 codes of the languages T
+    seed: int = 0  # of weights' draws, words, prefixes and the rows' order
+    # Whose answers: the model's own [abs], the data's, or the data's in the model's words (SDFT).
+    answers: Literal["answer", "reference", "rewritten"] = "answer"
+    # Which own answers are kept, by their reference. [ours] whether there is any filter is unknown
+    answer_filter: Literal["none", "exact", "similarity"] = "none"
+    least_similarity: float = 0.7  # [ours] cosine of an answer and its reference
+    ll: float = 1.0  # weight of instructions in L with answers in L [ours]
+    lt: float = 1.0  # [ours]
+    tl: float = 1.0  # [ours]
+    tt: float = 1.0  # [ours]
+    switched: float = 1.0  # weight of code-switched copies of rows, one for each target [ours]
+    switched_from: tuple[str, ...] = ("LL", "LT")  # [ours] combinations that are copied so
+    switched_sides: Literal["prompt", "answer", "both"] = "prompt"  # [ours]
+    switch_rate: float = 0.3  # [ours] probability that a word which the lexicon has is replaced
+    translation: float = 1.0  # weight of instructions to translate, both directions [ours]
+    completion: float = 1.0  # weight of instructions to go on with a text in T [ours]
+    parallel_pairs: int = 0  # of the parallel corpus for each target; 0 = all [ours]
+    prefix: tuple[float, float] = (0.3, 0.7)  # [ours] share of a text that is given to complete
+    # [ours] {source}, {target}: names of the languages; {text}: the text, or what is given of it.
+    translation_prompt: str = "Translate the following {source} text into {target}.\n\n{text}"
+    completion_prompt: str = "Continue the following {target} text.\n\n{text}"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By kind."""
+        combinations = {name: getattr(self, name.lower()) for name in COMBINATIONS}
+        others = ("switched", "translation", "completion")
+        return combinations | {name: getattr(self, name) for name in others}
+
+    def check(self) -> None:
+        with naming("transfer.source"):
+            check_language(self.source)
+        with naming("transfer.targets"):
+            for code in self.targets:
+                check_language(code)
+        targets = self.targets
+        require(
+            len(set(targets)) == len(targets) > 0 and self.source not in targets,
+            "transfer.targets",
+            targets,
+            f"codes other than {self.source}, at least one, none twice",
+        )
+        for kind, weight in self.weights.items():
+            require(weight >= 0, f"transfer.{kind.lower()}", weight, "0 (none) or above")
+        require(any(self.weights.values()), "transfer", self.weights, "a weight above 0 somewhere")
+        require(
+            self.answers == "answer" or self.answer_filter == "none",
+            "transfer.answer_filter",
+            self.answer_filter,
+            "'none' where answers are not the model's own",
+        )
+        least = self.least_similarity
+        require(-1 <= least <= 1, "transfer.least_similarity", least, "from -1 to 1")
+        known = set(self.switched_from) <= set(COMBINATIONS) and self.switched_from
+        allowed = f"some of {', '.join(COMBINATIONS)}"
+        require(bool(known), "transfer.switched_from", self.switched_from, allowed)
+        rate = self.switch_rate
+        require(0 < rate <= 1, "transfer.switch_rate", rate, "above 0, to 1")
+        require(self.parallel_pairs >= 0, "transfer.parallel_pairs", self.parallel_pairs, "0 (all)")
+        low, high = self.prefix
+        allowed = "two shares between 0 and 1, the lower first"
+        require(0 < low <= high < 1, "transfer.prefix", self.prefix, allowed)
+        for name, fields in (
+            ("translation_prompt", {"source", "target", "text"}),
+            ("completion_prompt", {"target", "text"}),
+        ):
+            prompt = getattr(self, name)
+            allowed = f"a text with {{{'}, {'.join(sorted(fields))}}}"
+            require(_fields_of(prompt) == fields, f"transfer.{name}", prompt, allowed)
+
+
+def _fields_of(template: str) -> set[str | None] | None:
+    """What stands in braces; None for a text that is no template."""
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)

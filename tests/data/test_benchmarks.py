@@ -634,7 +634,7 @@ def test_bitexts_that_do_not_fit(tmp_path):
     assert said(languages=("deu_Latin",)).startswith("F: language 'deu_Latin' is not one of the 1 ")
     assert said(limit=0) == "limit is 0; it must be at least 1."
     assert message(tmp_path, "flores", tmp_path, read=read_bitext) == (
-        "bitext 'flores' is not one of tatoeba, ntrex."
+        "bitext 'flores' is not one of tatoeba, ntrex, seed."
     )
     write(tmp_path / f"{base}.eng", "one\ntwo")
     pairs = read_bitext("tatoeba", tmp_path).pairs

@@ -1,10 +1,12 @@
-"""Sentences and their English, aligned by line: what retrieval is measured on, without labels.
+"""Sentences and their English, aligned by line: to measure retrieval on, or to train on.
 
 Tatoeba (LASER's test set of 2019): tatoeba.<iso3>-eng.{<iso3>,eng} in data/tatoeba/v1. The English
 side differs between languages, so that scores of two languages do not compare.
 
 NTREX-128 (Federmann et al. 2022): newstest2019-ref.<code>.txt beside newstest2019-src.eng.txt in
 NTREX-128; one English text, lines end with CR LF.
+
+NLLB-Seed (github.com/openlanguagedata/seed): seed/<code> beside seed/eng_Latn; one English text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Literal
 
 from mtllm_jax.data import formats
 from mtllm_jax.data.benchmarks.benchmark import rank
-from mtllm_jax.data.benchmarks.codes import NTREX, TATOEBA
+from mtllm_jax.data.benchmarks.codes import NTREX, SEED, TATOEBA
 from mtllm_jax.languages import check_language
 
 
@@ -52,6 +54,13 @@ BITEXTS = {
         other="NTREX-128/newstest2019-ref.{}.txt",
         codes=NTREX,
         source="github.com/MicrosoftTranslator/NTREX",
+        licence="CC BY-SA 4.0",
+    ),
+    "seed": _Source(
+        english="seed/eng_Latn",
+        other="seed/{}",
+        codes=SEED,
+        source="github.com/openlanguagedata/seed",
         licence="CC BY-SA 4.0",
     ),
 }

@@ -87,6 +87,38 @@ NTREX = _by_prefix(
     },
 )  # fmt: skip
 
+# NLLB-Seed's files are called by FLORES codes but for these, and English.
+SEED = {
+    code: {"gug_Latn": "grn_Latn", "zgh_Tfng": "tzm_Tfng"}.get(code, code)
+    for code in """
+    ace_Arab ace_Latn ary_Arab arz_Arab bam_Latn ban_Latn bho_Deva bjn_Arab bjn_Latn bug_Latn
+    crh_Latn dik_Latn dzo_Tibt fur_Latn fuv_Latn gug_Latn hne_Deva kas_Arab kas_Deva knc_Arab
+    knc_Latn lij_Latn lim_Latn lmo_Latn ltg_Latn mag_Deva mni_Beng mri_Latn nqo_Nkoo nus_Latn
+    pbt_Arab prs_Arab scn_Latn shn_Mymr srd_Latn szl_Latn taq_Latn taq_Tfng vec_Latn zgh_Tfng
+    """.split()
+}
+
+# The lexicons of GATITOS, in BCP 47. Without ts, which is Tswana again, cpf, which is Jamaican
+# again, and dyu, which reads as Bambara.
+GATITOS = {
+    "ace": "ace_Latn", "aeb": "aeb_Arab", "ak": "twi_Latn", "apc": "apc_Arab", "ar-MA": "ary_Arab",
+    "arz": "arz_Arab", "as": "asm_Beng", "awa": "awa_Deva", "ay": "ayr_Latn", "ba": "bak_Cyrl",
+    "ban": "ban_Latn", "bem": "bem_Latn", "ber": "tzm_Tfng", "bho": "bho_Deva", "bjn": "bjn_Latn",
+    "bjn-Arab": "bjn_Arab", "bm": "bam_Latn", "bo": "bod_Tibt", "bug": "bug_Latn", "ckb":
+    "ckb_Arab", "crh-Latn": "crh_Latn", "din": "dik_Latn", "dz": "dzo_Tibt", "ee": "ewe_Latn",
+    "es": "spa_Latn", "fa-AF": "prs_Arab", "ff": "fuv_Latn", "fj": "fij_Latn", "fo": "fao_Latn",
+    "fon": "fon_Latn", "fr": "fra_Latn", "fur": "fur_Latn", "gn": "grn_Latn", "hi": "hin_Deva",
+    "hne": "hne_Deva", "ilo": "ilo_Latn", "kac": "kac_Latn", "kg": "kon_Latn", "ki": "kik_Latn",
+    "kr": "knc_Latn", "ks": "kas_Arab", "ks-Deva": "kas_Deva", "lg": "lug_Latn", "li": "lim_Latn",
+    "lij": "lij_Latn", "lmo": "lmo_Latn", "ln": "lin_Latn", "ltg": "ltg_Latn", "lu": "lua_Latn",
+    "luo": "luo_Latn", "lus": "lus_Latn", "mag": "mag_Deva", "mai": "mai_Deva", "min": "min_Latn",
+    "mos": "mos_Latn", "nso": "nso_Latn", "nus": "nus_Latn", "oc": "oci_Latn", "om": "gaz_Latn",
+    "pag": "pag_Latn", "pap": "pap_Latn", "qu": "quy_Latn", "rn": "run_Latn", "sa": "san_Deva",
+    "scn": "scn_Latn", "sg": "sag_Latn", "shn": "shn_Mymr", "ss": "ssw_Latn", "szl": "szl_Latn",
+    "ti": "tir_Ethi", "tn": "tsn_Latn", "tpi": "tpi_Latn", "tum": "tum_Latn", "vec": "vec_Latn",
+    "war": "war_Latn", "wo": "wol_Latn", "yue": "yue_Hant",
+}  # fmt: skip
+
 # What NLLB is told instead. The first three groups are the choices of the MT-LLM authors' public
 # configs [code]; the others are ours: the same language in another script, or a neighbour.
 STAND_INS = {

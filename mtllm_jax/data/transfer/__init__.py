@@ -1,0 +1,1 @@
+"""SDRRL's training set: a model's own answers in other languages, and what goes with them."""
