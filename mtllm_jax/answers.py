@@ -10,8 +10,7 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from mtllm_jax.data.unlabelled import Entry
-from mtllm_jax.hf.files import is_remote
-from mtllm_jax.runfolder import new_file
+from mtllm_jax.runfolder import is_remote, new_file
 
 
 def check_output(output: str, suffixes: Collection[str]) -> Path:

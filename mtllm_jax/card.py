@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import mtllm_jax
 from mtllm_jax.config import MTLLM
-from mtllm_jax.hf.files import is_remote, local_files
+from mtllm_jax.hf.files import local_files
 from mtllm_jax.recipes.finished import FinishedRun
 from mtllm_jax.results import (
     TEST_NAMES,
@@ -22,7 +22,7 @@ from mtllm_jax.results import (
     system_name,
     tests_of,
 )
-from mtllm_jax.runfolder import read_jsonl
+from mtllm_jax.runfolder import is_remote, read_jsonl
 from mtllm_jax.tasks.task import TEXTS
 
 _PACKAGES = ("jax", "flax", "transformers")

@@ -23,7 +23,6 @@ from mtllm_jax.data.benchmarks.benchmark import sample
 from mtllm_jax.data.benchmarks.layouts import Kind
 from mtllm_jax.data.benchmarks.own import read_labelled
 from mtllm_jax.data.files import check_columns, label_names
-from mtllm_jax.hf.files import is_remote
 from mtllm_jax.languages import ENGLISH, LANGUAGES
 from mtllm_jax.metrics import Console, Stage
 from mtllm_jax.parts import Parts, cut, digest_of
@@ -40,6 +39,7 @@ from mtllm_jax.results import (
 )
 from mtllm_jax.runfolder import (
     differing_fields,
+    is_remote,
     read_json,
     write_json,
     write_jsonl,

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from mtllm_jax.card import model_card
 from mtllm_jax.hf.encoder import has_decoder
-from mtllm_jax.hf.files import is_remote
 from mtllm_jax.hf.llama import save_llama
 from mtllm_jax.hf.nllb import load_nllb, save_nllb
 from mtllm_jax.hf.peft import difference_as_lora, save_peft
@@ -16,6 +15,7 @@ from mtllm_jax.hf.stack import save_stack
 from mtllm_jax.metrics import Console
 from mtllm_jax.models import lora
 from mtllm_jax.recipes.finished import FinishedRun, open_run
+from mtllm_jax.runfolder import is_remote
 
 
 def export(

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtllm_jax import distributed
-from mtllm_jax.runfolder import Mirror, is_local, naming, new_file
+from mtllm_jax.runfolder import Mirror, is_remote, naming, new_file
 
 LOG_WIDTH = 100  # columns of a table where there is no terminal
 
@@ -47,7 +47,7 @@ class MetricsWriter:
     def __init__(self, path: epath.PathLike) -> None:
         kept = epath.Path(path)
         self._mirror: Mirror | None = None
-        if is_local(kept):
+        if not is_remote(kept):
             self._path = Path(kept)
         else:
             self._mirror = Mirror(kept.parent)

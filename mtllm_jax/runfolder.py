@@ -63,7 +63,7 @@ class RunFolder:
     def _open(self, config: Mapping[str, Any]) -> None:
         with _admitted(self.path):
             _is_run_of(self.path, config)
-            if is_local(self.path):
+            if not is_remote(self.path):
                 self._hold()
             try:
                 # Another process may have made the run between the first look and the lock.
@@ -153,7 +153,7 @@ def finished_results(
 def run_path(folder: os.PathLike[str] | str) -> epath.Path:
     """A --workdir as a path. ValueError for an object store that runs cannot be in."""
     path = epath.Path(folder)
-    if not is_local(path):
+    if is_remote(path):
         if not re.match("gs://[^/]", os.fspath(path)):
             raise ValueError(f"workdir {folder} must be a local folder or gs://BUCKET/FOLDER.")
         if importlib.util.find_spec("gcsfs") is None:
@@ -169,7 +169,7 @@ def _admitted(path: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:
         denied = str(error).startswith("Forbidden") or getattr(error, "code", None) == 401  # gcsfs
-        if is_local(path) or not (denied or isinstance(error, FileNotFoundError)):
+        if not is_remote(path) or not (denied or isinstance(error, FileNotFoundError)):
             raise
         why = "access is denied" if denied else "there is no such bucket"
         raise ValueError(f"workdir {path} cannot be used: {why}.") from None
@@ -267,7 +267,7 @@ def write_text(path: epath.Path, text: str) -> None:
 @contextlib.contextmanager
 def new_file(path: epath.Path) -> Iterator[BinaryIO]:
     """A file to write, which has its name, or takes another's place, once all of it is there."""
-    if not is_local(path):
+    if is_remote(path):
         # Not the object itself: closed by an error halfway, it would be kept as far as it went.
         with tempfile.NamedTemporaryFile(suffix=path.suffix) as scratch:
             yield scratch  # type: ignore[misc]
@@ -306,7 +306,7 @@ def made_locally(folder: os.PathLike[str] | str, last: str = "") -> Iterator[Pat
 
     last: the file in it that is copied last: where that is, all of it is.
     """
-    if is_local(folder):
+    if not is_remote(folder):
         yield Path(folder)
         return
     with tempfile.TemporaryDirectory(prefix="mtllm-") as scratch:
@@ -385,9 +385,9 @@ def _take_lock(path: epath.Path) -> int:
     return descriptor
 
 
-def is_local(path: os.PathLike[str] | str) -> bool:
-    """Whether the path is one of a mounted file system, and no object store's."""
-    return "://" not in os.fspath(path)
+def is_remote(path: os.PathLike[str] | str) -> bool:
+    """Whether the path is a URL, as in object stores, and none of a mounted file system."""
+    return "://" in os.fspath(path)
 
 
 def _is_unfinished(name: str) -> bool:

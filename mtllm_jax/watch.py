@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from mtllm_jax import distributed
-from mtllm_jax.runfolder import Mirror, is_local, made_locally, read_json, write_json
+from mtllm_jax.runfolder import Mirror, is_remote, made_locally, read_json, write_json
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # flag → what it needs
 
@@ -134,7 +134,7 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         # For object stores it has a writer of its own, which sends all of a file every two minutes.
-        self._mirror = None if is_local(folder) else Mirror(folder)
+        self._mirror = Mirror(folder) if is_remote(folder) else None
         made = folder if self._mirror is None else self._mirror.path
         # Steps beyond a restored checkpoint were written before, and do not count.
         self._writer = SummaryWriter(str(made), purge_step=step + 1)

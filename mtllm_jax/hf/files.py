@@ -14,6 +14,8 @@ from typing import Any
 
 import fsspec
 
+from mtllm_jax.runfolder import is_remote
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
@@ -68,11 +70,6 @@ class Files:
     def path(self, name: str) -> str:
         """The file as messages name it."""
         return os.path.join(self.folder, name)
-
-
-def is_remote(folder: str | os.PathLike) -> bool:
-    """Whether a folder is named by a URL."""
-    return "://" in os.fspath(folder)
 
 
 def local_files(

@@ -37,13 +37,14 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from mtllm_jax import sharding
-from mtllm_jax.hf.files import TOKENIZER_CONFIG, TOKENIZER_FILES, Files, is_remote
+from mtllm_jax.hf.files import TOKENIZER_CONFIG, TOKENIZER_FILES, Files
 from mtllm_jax.hf.reading import read_parameter, read_quantised
 from mtllm_jax.hf.tensors import SHARD_BYTES, OutTensor, Progress, Tensors, write_tensors
 from mtllm_jax.hf.tokenizer_config import readable_config
 from mtllm_jax.models import lora
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.quantised import in_dtype
+from mtllm_jax.runfolder import is_remote
 
 __all__ = [
     "KeyTable",

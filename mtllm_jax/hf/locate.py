@@ -14,8 +14,9 @@ from pathlib import Path
 
 from etils import epath
 
-from mtllm_jax.hf.files import Files, is_remote
+from mtllm_jax.hf.files import Files
 from mtllm_jax.hf.tensors import conversion
+from mtllm_jax.runfolder import is_remote
 
 _SCHEMES = ("gs", "s3", "az", "hf")  # that epath knows
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>\S+))?", re.ASCII)

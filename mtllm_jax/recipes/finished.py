@@ -9,11 +9,10 @@ import jax
 from etils import epath
 
 from mtllm_jax.config import MTLLM, naming, require
-from mtllm_jax.hf.files import is_remote
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.inputs import adapter_key, locate_models, revisions_of
-from mtllm_jax.runfolder import differing_fields, read_json, run_path
+from mtllm_jax.runfolder import differing_fields, is_remote, read_json, run_path
 from mtllm_jax.schema import resolve, to_dict
 
 _CALLED = {"adaptation": "stage 1", "distillation": "training"}

@@ -5,11 +5,12 @@ from mtllm_jax.data.packing import Rows, fitting_lengths
 from mtllm_jax.data.prepare import maker_of, prepare
 from mtllm_jax.data.prepared import holds_rows
 from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
-from mtllm_jax.hf.files import is_remote, local_files
+from mtllm_jax.hf.files import local_files
 from mtllm_jax.languages import check_language
 from mtllm_jax.metrics import Console, Progress
 from mtllm_jax.recipes.inputs import locate_models, read_task, unseen_texts
 from mtllm_jax.recipes.job import stage_seed
+from mtllm_jax.runfolder import is_remote
 
 _FULL = 0.975  # of a stream, above which other lengths are not worth a word
 

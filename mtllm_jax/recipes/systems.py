@@ -31,7 +31,7 @@ from mtllm_jax.decode import translate
 from mtllm_jax.evaluation import Predict, System
 from mtllm_jax.example_flops import reading_flops, stack_flops, translation_flops
 from mtllm_jax.hf.encoder import has_decoder
-from mtllm_jax.hf.files import is_remote, local_files
+from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.hf.peft import load_merged
 from mtllm_jax.inference import Vectors
@@ -43,7 +43,7 @@ from mtllm_jax.recipes import mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
 from mtllm_jax.recipes.prompting import prompt_flops, prompted
-from mtllm_jax.runfolder import RunFolder, is_local, scratch
+from mtllm_jax.runfolder import RunFolder, is_remote, scratch
 from mtllm_jax.tasks.task import Row, Task, texts_in, with_texts
 
 _LINEAR_ROWS = 20_000  # training rows that the linear baseline is fitted on, at most
@@ -132,7 +132,7 @@ def embedded_text(job: Job[MTLLM]) -> TextDataset:
     with job.stage("text", "text") as stage:
         text = distributed.after_first(
             lambda: build_text(
-                stage.path if is_local(stage.path) else scratch() / "text",
+                scratch() / "text" if is_remote(stage.path) else stage.path,
                 languages=config.languages,
                 seed=stage_seed(config.text_seed, "text"),
                 sizes=config.text,
