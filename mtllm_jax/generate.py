@@ -123,7 +123,7 @@ def generate(
 
     def look() -> dict[str, Any]:
         check_output(output, _SUFFIXES)
-        found = scan(Path(rows), required=[("prompt",)], reserved=[_ANSWER, _ENDED])
+        found = scan(Path(rows), required=["prompt"], reserved=[_ANSWER, _ENDED])
         with console.progress(found.rows, "reading", unit="rows") as progress:
             return _look(all_windows(), progress.update)
 

@@ -72,8 +72,10 @@ def predict(
             _keep_standard_input(source)
         try:
             columns = ["vector"] if vectors else ["prediction", "probabilities"]
-            required = [("text", "context")] + [("language",)] * (not language)
-            scans.append(scan(source, required=required, reserved=columns))
+            required = ["text"] if language else ["text", "language"]
+            instead = {"text": "context"}  # of multiple choice
+            found = scan(source, required=required, reserved=columns, instead=instead)
+            scans.append(found)
         except ValueError:
             _forget_standard_input(rows, source)
             raise

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +55,24 @@ class Scan:
     types: dict[str, set[type]]
 
 
-def scan(path: Path, *, required: Sequence[tuple[str, ...]], reserved: Collection[str]) -> Scan:
+def scan(
+    path: Path,
+    *,
+    required: Sequence[str],
+    reserved: Collection[str],
+    instead: Mapping[str, str] = {},
+) -> Scan:
     """Read all of a file, to know at the door what is wrong with it as such.
 
-    required: columns of the first row, one of each tuple. reserved: columns that it may not have,
-    as answers are called so. Raises ValueError as `formats.records`, for a first row without a
-    required column, and for a file without rows.
+    required: columns of the first row. instead: those that may take their place. reserved: columns
+    that it may not have, as answers are called so. Raises ValueError as `formats.records`, for a
+    first row without a required column, and for a file without rows.
     """
     formats.check_file(path, ROW_SUFFIXES)
     found = Scan(0, {})
     for line, cells in formats.stream(path):
         if not found.rows:
-            wanted = [
-                next((name for name in names if name in cells), names[0]) for names in required
-            ]
+            wanted = [name for name in required if instead.get(name) not in cells]
             check_columns(cells, wanted, formats.header_at(path))
         for name in reserved:
             if name in cells:
