@@ -111,6 +111,13 @@ def mini() -> c.MTLLM:
         unroll_layers=True,
         remat="none",
         attention="auto",
+        # Both are left out, until their training.steps are set.
+        mntp=c.MaskedPrediction(
+            training=c.Training(steps=0, batch_rows=16, learning_rate=2e-3, target_length=64)
+        ),
+        simcse=c.Contrastive(
+            training=c.Training(steps=0, batch_rows=8, learning_rate=1e-3, target_length=64)
+        ),
     )
 
 
@@ -134,8 +141,10 @@ def mini_all() -> c.MTLLM:
 def llama3_8b() -> c.MTLLM:
     """The authors' settings for NLLB-200-distilled-600M and Llama-3-8B-Instruct.
 
-    The LLM is to have LLM2Vec's adapters merged, MNTP and then SimCSE [code]: they are named by
-    `llm_adapters`, or merged in the folder that `llm` names. Differences that remain:
+    The LLM is to have LLM2Vec's adapters merged, MNTP and then SimCSE [code]. Either they are
+    there, by `llm_adapters` or merged in the folder that `llm` names, or they are trained here
+    first, with --config.mntp.training.steps=1000 --config.simcse.training.steps=1000 [code]: at
+    these two stages that is LLM2Vec's, with its settings for this LLM. Differences that remain:
     AdamW in float32 rather than 8 bit, and frozen weights in bfloat16 (or int8, `llama3_8b_24gb`)
     rather than NF4 [ours].
     """
@@ -146,8 +155,39 @@ def llama3_8b() -> c.MTLLM:
         text=None,
         mini_nllb=None,
         mini_llama=None,
-        lora=c.LoRA(rank=16, alpha=32, dropout=0.05, targets=("all",)),  # [code]
+        lora=c.LoRA(rank=16, alpha=32, dropout=0.05, targets=("all",)),  # [code], LLM2Vec's too
         trained="lora",  # [code]
+        mntp=c.MaskedPrediction(
+            training=c.Training(
+                steps=0,  # see above
+                batch_rows=32,  # [code]
+                learning_rate=5e-5,  # [code]: its trainer's default, as are warm-up and decay
+                target_length=512,  # [code]
+                packing=True,  # [ours]; there texts are joined, and cut into rows
+                warmup=0.0,  # [code]
+                schedule="linear",  # [code]
+                final_rate=0.95,  # [ours]; there it ends 1000 steps into three epochs
+                weight_decay=0.0,  # [code]
+            ),
+            share=0.2,  # [code]
+            blank=0.8,  # [code]
+            random=0.1,  # [code]
+        ),
+        simcse=c.Contrastive(
+            training=c.Training(
+                steps=0,  # see above
+                batch_rows=128,  # [code]
+                learning_rate=3e-5,  # [code]
+                target_length=128,  # [code]
+                packing=False,  # [code]
+                warmup=0.0,  # [code]
+                schedule="linear",  # [code]
+                final_rate=0.95,  # [ours]; as in MNTP
+                weight_decay=0.0,  # [code]
+            ),
+            dropout=0.3,  # [code]
+            temperature=0.05,  # [code]
+        ),
         adaptation=c.Adaptation(
             training=c.Training(
                 steps=10_000,  # [code]
@@ -218,7 +258,12 @@ def llama3_8b_24gb() -> c.MTLLM:
         whole,
         name="llama3-8b-24gb",
         frozen_dtype="int8",
-        # 4096 tokens at a time in stage 1, and 2048 in the others.
+        # 4096 tokens at a time in stage 1 and MNTP, and 2048 in the others. SimCSE compares a text
+        # with those that are read at the same time, so that its batch is a smaller one.
+        mntp=dataclasses.replace(whole.mntp, training=in_pieces(whole.mntp.training, 4)),
+        simcse=dataclasses.replace(
+            whole.simcse, training=dataclasses.replace(whole.simcse.training, batch_rows=32)
+        ),
         adaptation=dataclasses.replace(
             whole.adaptation, training=in_pieces(whole.adaptation.training, 32)
         ),
@@ -244,9 +289,11 @@ def mistral_7b() -> c.MTLLM:
     """`llama3_8b`'s settings for Mistral-7B-Instruct-v0.2; the choice of LLM is [ours].
 
     LLM2Vec's adapters of that model: McGill-NLP/LLM2Vec-Mistral-7B-Instruct-v2-mntp and
-    …-mntp-unsup-simcse.
+    …-mntp-unsup-simcse. For this model its MNTP hides more, and always by the blank.
     """
-    return dataclasses.replace(llama3_8b(), name="mistral-7b")
+    large = llama3_8b()
+    mntp = dataclasses.replace(large.mntp, share=0.8, blank=1.0, random=0.0)  # [code]
+    return dataclasses.replace(large, name="mistral-7b", mntp=mntp)
 
 
 def qwen3_8b() -> c.MTLLM:

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import mtllm_jax
 from mtllm_jax.config import MTLLM
 from mtllm_jax.hf.files import local_files
+from mtllm_jax.recipes import llm2vec
 from mtllm_jax.recipes.finished import FinishedRun
 from mtllm_jax.results import (
     TEST_NAMES,
@@ -36,7 +37,8 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
     """
     bases = [_base("MT encoder", run.given.encoder, run.config.encoder)]
     bases.append(_base("LLM", run.given.llm, run.config.llm))
-    adapters = zip(run.given.llm_adapters, run.config.llm_adapters, strict=True)
+    # Those that the run has trained for its LLM come behind, and are no base.
+    adapters = zip(run.given.llm_adapters, run.config.llm_adapters, strict=False)
     bases += [_base("adapter merged into the LLM", *names) for names in adapters]
     if run.given.trained == "lora" and (start := run.given.lora.start):
         bases.append(_base("what the LLM's own adapter started from", start, start))
@@ -146,6 +148,11 @@ def _settings(config: MTLLM) -> dict[str, str]:
         how = "nothing but what the teacher learnt" if _adds_teacher(config) else "nothing"
     learns = "the task's labels" if config.distillation.learns == "labels" else "task distillation"
     stages = {
+        f"LLM preparation, {title}": config.stages()[f"{name}.training"]
+        for name, title in llm2vec.TITLES.items()
+        if f"{name}.training" in config.stages()
+    }
+    stages |= {
         "stage 1, general adaptation": config.adaptation.training,
         "stage 2a, teacher": config.teacher,
         f"stage 2b, {learns}": config.distillation.training,

@@ -267,6 +267,53 @@ class TaskObjective(Objective):
 
 
 @dataclass(frozen=True)
+class MaskedPrediction:
+    """LLM preparation: tokens are hidden, and predicted by the LLM reading both ways.
+
+    Adapters are trained, of the sizes of `lora`, and merged. training.steps = 0: left out.
+    """
+
+    training: Training = Training(steps=0, batch_rows=32, learning_rate=5e-5, target_length=512)
+    share: float = 0.2  # of the tokens of a text that are predicted
+    blank: float = 0.8  # of these, that are read as a blank
+    random: float = 0.1  # of these, that are read as another token; the rest are as they are
+
+    def check(self) -> None:
+        _require_steps("mntp", self.training)
+        share, shown = self.share, 1 - self.blank
+        require(0 < share <= 1, "mntp.share", share, "a fraction above 0, up to 1")
+        require(0 <= self.blank <= 1, "mntp.blank", self.blank, "a fraction from 0 to 1")
+        allowed = "from 0 to what mntp.blank leaves of 1"
+        require(-1e-9 <= self.random <= shown + 1e-9, "mntp.random", self.random, allowed)
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """LLM preparation: a text read twice is to be more like itself than like the batch's others.
+
+    As MaskedPrediction, and after it.
+    """
+
+    training: Training = Training(steps=0, batch_rows=128, learning_rate=3e-5, target_length=128)
+    dropout: float = 0.3  # of the attention's weights, beside lora.dropout
+    temperature: float = 0.05  # that cosines are divided by
+
+    def check(self) -> None:
+        _require_steps("simcse", self.training)
+        require(0 <= self.dropout < 1, "simcse.dropout", self.dropout, "from 0 to below 1")
+        require(self.temperature > 0, "simcse.temperature", self.temperature, "above 0")
+        # Cut into micro-batches, each would have its own texts alone to compare with.
+        accumulation = self.training.accumulation
+        allowed = "1, as a text is compared with all of its batch"
+        require(accumulation == 1, "simcse.training.accumulation", accumulation, allowed)
+
+
+def _require_steps(where: str, training: Training) -> None:
+    steps = training.steps
+    require(steps >= 0, f"{where}.training.steps", steps, "at least 1, or 0 to leave it out")
+
+
+@dataclass(frozen=True)
 class Adaptation:
     """Stage 1: the stack learns the LLM's pooled state of English text."""
 
@@ -574,6 +621,9 @@ class MTLLM:
     legacy_source_order: bool = False  # NLLB's sources as transformers had them before April 2023
     bridge: Bridge = Bridge()
     encoder_layers: int = 0  # last ones of the encoder that learn in stages 1 and 2b; 0 = frozen
+    # What makes the LLM read both ways before stage 1, on its text, after `llm_adapters`: LLM2Vec.
+    mntp: MaskedPrediction = MaskedPrediction()
+    simcse: Contrastive = Contrastive()
 
     def __post_init__(self) -> None:
         with naming("english"):
@@ -612,6 +662,8 @@ class MTLLM:
             self.task,
             self.mini_nllb,
             self.mini_llama,
+            self.mntp,
+            self.simcse,
             self.bridge,
             self.adaptation,
             self.distillation,
@@ -621,7 +673,7 @@ class MTLLM:
                 group.check()
         for where, training in self.stages().items():
             training.check(where, SIDES[where])
-            if where.startswith("mini_"):
+            if where.startswith(("mini_", "mntp", "simcse")):
                 every, none = training.evaluate_every, "0: there is no development data for it"
                 require(every == 0, f"{where}.evaluate_every", every, none)
         if self.evaluates_task:
@@ -653,6 +705,13 @@ class MTLLM:
                 "1 with adaptation.objective.per_token, which compares the encoder's own positions"
             )
             require(stride == 1, "bridge.stride", stride, why)
+        if "mntp.training" in self.stages():
+            steps, allowed = self.mntp.training.steps, "0 where config.bidirectional is False"
+            require(self.bidirectional, "mntp.training.steps", steps, allowed)
+        if "simcse.training" in self.stages():
+            drops = self.simcse.dropout > 0 or self.lora.dropout > 0
+            allowed = "above 0 where lora.dropout is not: a text would be read twice alike"
+            require(drops, "simcse.dropout", self.simcse.dropout, allowed)
         lora = self.lora
         require(lora.rank >= 1, "lora.rank", lora.rank, "at least 1")
         require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "from 0 to below 1")
@@ -681,6 +740,9 @@ class MTLLM:
                 found["mini_nllb.training"] = self.mini_nllb.training
             if self.mini_llama is not None and not self.llm:
                 found["mini_llama.training"] = self.mini_llama.training
+            for name, training in (("mntp", self.mntp.training), ("simcse", self.simcse.training)):
+                if training.steps:
+                    found[f"{name}.training"] = training
             found["adaptation.training"] = self.adaptation.training
         found |= {"teacher": self.teacher, "distillation.training": self.distillation.training}
         if "mt_encoder" in self.evaluation.systems:
@@ -695,6 +757,8 @@ SKIPPABLE = ("adaptation.training",)
 SIDES = {
     "mini_nllb.training": ("source", "target"),
     "mini_llama.training": ("target",),
+    "mntp.training": ("target",),
+    "simcse.training": ("target",),
     "adaptation.training": ("source", "target"),
     "teacher": ("target",),
     "distillation.training": ("source",),

@@ -124,9 +124,9 @@ def _adapter(
     elif run.config.distillation.start == "stage1+teacher":
         tuned = lora.joined(parts.llm, teacher.llm, tuned)
     base = run.given.llm or run.config.llm
-    if run.given.llm_adapters:
+    if run.adapters:
         # Not a model's name: what takes it for one must fail, not adapt the plain LLM.
-        base += f" with {', '.join(run.given.llm_adapters)} merged, as --format=llama writes it"
+        base += f" with {', '.join(run.adapters)} merged, as --format=llama writes it"
     save_peft(folder, parts.llm, tuned, base_name=base, dtype=dtype)
     if lost:
         console.print(f"rank {rank} leaves out up to {lost:.1%} of what a linear map has learnt")

@@ -75,7 +75,9 @@ def contrastive(
     """
     student_MD, teacher_MD = (_unit(x).reshape(-1, x.shape[-1]) for x in (student_BND, teacher_BND))
     valid_M = valid_BN.reshape(-1).astype(bool)
-    scores_MM = jnp.einsum("md,nd->mn", student_MD, teacher_MD) / temperature
+    # Rounded as accelerators round products, cosines / τ would be as far off as they are apart.
+    exact = jax.lax.Precision.HIGHEST
+    scores_MM = jnp.einsum("md,nd->mn", student_MD, teacher_MD, precision=exact) / temperature
     scores_MM = jnp.where(valid_M[None], scores_MM, jnp.finfo(jnp.float32).min)
     loss_M = -jnp.diagonal(jax.nn.log_softmax(scores_MM, axis=1))
     return jnp.sum(jnp.where(valid_M, loss_M, 0.0)), jnp.sum(valid_M.astype(jnp.float32))

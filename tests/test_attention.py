@@ -442,6 +442,32 @@ def test_cudnn_itself(causal, window):
         np.testing.assert_allclose(x, y, atol=0.03 * max(1, np.abs(y).max()))
 
 
+# ---------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("most", [module.MOST_SCORES, 30 * B * 2 * T * 3])
+def test_weights_are_dropped_out(most, monkeypatch):
+    """All queries at once, or some at a time. Values that are one-hot show the weights."""
+    monkeypatch.setattr(module, "MOST_SCORES", most)
+    q, k, _ = (np.tile(x, (30, 1, 1, 1)) for x in inputs(2, 1, head_width=T))
+    v = np.broadcast_to(np.eye(T, dtype=np.float32)[None, :, None], k.shape)
+    segments = np.tile(SEGMENTS, (30, 1))
+    options = {"query_segments_BT": segments, "key_segments_BS": segments, "dropout": 0.4}
+
+    def read(key):
+        return np.asarray(jax.jit(lambda: attention(q, k, v, **options, dropout_key=key))())
+
+    whole, drawn = read(None), read(jax.random.key(0))
+    np.testing.assert_allclose(whole.sum(-1)[segments > 0], 1, rtol=1e-5)
+    is_weight = whole > 1e-20
+    is_left = is_weight & (drawn > 0)
+    np.testing.assert_allclose(drawn[is_left], whole[is_left] / 0.6, rtol=1e-5)
+    # Five standard errors of a share of some 6000.
+    assert abs(is_left.sum() / is_weight.sum() - 0.6) < 5 * (0.6 * 0.4 / is_weight.sum()) ** 0.5
+    full = is_left[2::B]  # the row that is one text: no query's are another's
+    assert len(np.unique(full.reshape(-1, T), axis=0)) > 100
+
+
 # ---------------------------------------------------------------- what a backend can do
 
 
@@ -515,6 +541,7 @@ def test_the_table_says_what_the_code_does():
         assert row["head widths"] == (f"{widths[0]}, {widths[1]} … {widths[-1]}" if few else "any")
         assert row["packed"] == ("yes" if works(name, segments=True) else "no")
         assert row["context"] == ("yes" if works(name, context=2) else "no")
+        assert row["drop"] == ("yes" if works(name, drops=True) else "no")
 
 
 @pytest.mark.parametrize(
@@ -548,6 +575,7 @@ def test_auto(platform, asked, chosen):
         ("cudnn", {"head_width": 256}, "has head widths of multiples of 8 up to 128, not 256"),
         ("cudnn", {"segments": True}, "reads one text a row, and rows here are packed"),
         ("cudnn", {"context": 2}, "reads whole rows, and context cuts them over 2 devices"),
+        ("splash", {"drops": True}, "attention is 'splash', which drops nothing out"),
         ("auto", {"window": 3, "causal": False}, "window is 3, which only causal attention has."),
     ],
 )

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtllm_jax.ops.vocab_loss import cross_entropy, label_places, sampled_vocabulary
+from mtllm_jax.ops.vocab_loss import (
+    cross_entropy,
+    cross_entropy_of_rows,
+    label_places,
+    sampled_vocabulary,
+)
 
 
 def a_case(M, D, V, seed=0, masked="some"):
@@ -52,6 +57,26 @@ def test_values_and_gradients(M, D, V, chunk):
         if masked == "all":
             assert total == 0 and count == 0
             assert all(not np.any(g) for g in grads)
+
+
+@pytest.mark.parametrize("most_logits", [10**9, 3 * 11 * 4, 3 * 11, 1])
+def test_rows_by_pieces_of_positions(most_logits):
+    """All 7 positions at a time, 4, or 1: the sums and gradients of the tokens in one line."""
+    B, T, D, V = 3, 7, 5, 11
+    case = a_case(B * T, D, V)
+    rows = {name: case[name].reshape(B, T, *case[name].shape[1:]) for name in ("h", "labels")}
+    weights = case["weights"].reshape(B, T)
+
+    def loss(h, kernel):
+        limit = {"most_logits": most_logits}
+        return cross_entropy_of_rows(h, kernel, rows["labels"], weights, **limit)
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (total, count), (of_h, of_kernel) = gradient(rows["h"], case["kernel"])
+    wanted = by_hand(**case | {"bias": np.zeros(V)})
+    got = (total, count, of_h.reshape(B * T, D), of_kernel)
+    for one, other in zip(got, wanted, strict=False):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
 def test_only_one_chunk_of_logits_exists():

@@ -5,6 +5,7 @@ Every weight is random, norms, biases and LoRA's B too: none can be forgotten un
 
 import dataclasses
 import functools
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 from mtllm_jax.models.quantised import quantised
 from mtllm_jax.models.stack import classification_head
-from mtllm_jax.recipes import mini_models, stacking
+from mtllm_jax.recipes import llm2vec, mini_models, stacking
 from mtllm_jax.train import Objective
 
 PAD_IDS = {"source": 1, "target": 0, "aligned": 0}
@@ -222,6 +223,24 @@ def language_modelling(config: c.MTLLM) -> Stage:
     return Stage(graph, trainable, {}, mini_models.language_modelling(graph), texts("target"), {})
 
 
+def mntp(config: c.MTLLM) -> Stage:
+    return _preparation(config, llm2vec.masked_prediction)
+
+
+def simcse(config: c.MTLLM) -> Stage:
+    return _preparation(config, llm2vec.read_twice)
+
+
+def _preparation(config: c.MTLLM, objective: Any) -> Stage:
+    llm = randomised(stacking.with_adapters(config, parts().llm, 0), 9)
+    graph, trainable, frozen = nnx.split(llm, LoRAParam, ...)
+    tokenizer = types.SimpleNamespace(special_ids=[0, 1], mask_id=lambda: 2, vocab_size=VOCAB)
+    made = objective(config, tokenizer, graph)
+    return Stage(graph, trainable, frozen, made, texts("target"), {})
+
+
+# What these draw goes by the place in a row: they differ from one packing to another.
+PREPARATION = (mntp, simcse)
 MAKERS = (adaptation, teacher, distillation, mt_encoder, translation, language_modelling)
 CASES = ("adaptation-lora", "adaptation-int8", *(make.__name__ for make in MAKERS))
 
@@ -231,7 +250,7 @@ def stage(case: str) -> Stage:
     """An objective, with "-lora" where adapters are trained and "-int8" where that is over weights
     in int8; made once, for all that compile it."""
     name, _, variant = case.partition("-")
-    make = {make.__name__: make for make in MAKERS}[name]
+    make = {make.__name__: make for make in MAKERS + PREPARATION}[name]
     frozen_dtype = "int8" if variant == "int8" else "float32"
     return make(settings(trained="lora" if variant else "all", frozen_dtype=frozen_dtype))
 

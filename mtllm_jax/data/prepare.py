@@ -195,11 +195,17 @@ def _fingerprint(tokenizer: SourceTokenizer | TargetTokenizer, ids: Ids) -> str:
 
 
 def _order(maker: Maker, texts: AnyTexts) -> np.ndarray:
+    return order_of(texts, maker.seed, maker.mixture, maker.samplings)
+
+
+def order_of(
+    texts: AnyTexts, seed: int, mixture: Sequence[float] = (), samplings: int = 1
+) -> np.ndarray:
     """The global order: the numbers of the texts, each as often as it is drawn."""
-    rng, num_texts = np.random.default_rng(maker.seed), len(texts)
-    if not maker.mixture or not isinstance(texts, Texts):
-        return rng.permutation(num_texts * maker.samplings) % num_texts
-    all_draws = draws_of(texts, maker.mixture, maker.samplings)
+    rng, num_texts = np.random.default_rng(seed), len(texts)
+    if not mixture or not isinstance(texts, Texts):
+        return rng.permutation(num_texts * samplings) % num_texts
+    all_draws = draws_of(texts, mixture, samplings)
     drawn, begin = [], 0
     for size, draws in zip(texts.sizes, all_draws, strict=True):
         rounds, rest = divmod(draws, size)

@@ -462,6 +462,26 @@ class TargetTokenizer(_Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return TargetTokenizer, (self._folder,)
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens that are no text: BOS, EOS and what else the folder names."""
+        return sorted(self._tokenizer.all_special_ids)
+
+    def mask_id(self) -> int:
+        """What stands for a token that is to be guessed: the tokenizer's own mask, else "_".
+
+        An LLM's tokenizer has no mask, and a token added as one would have an embedding that
+        nothing has trained; "_" is a blank in the texts that the LLM has read (LLM2Vec takes it
+        too). ValueError without either.
+        """
+        if self._tokenizer.mask_token_id is not None:
+            return int(self._tokenizer.mask_token_id)
+        vocabulary = self.vocabulary
+        for token in ("_", "<0x5F>"):  # the latter is its byte, in vocabularies of sentencepiece
+            if token in vocabulary:
+                return vocabulary[token]
+        raise ValueError(f"{self._folder} has neither a mask token nor '_' in its vocabulary")
+
     def encode(
         self,
         texts: Sequence[str],

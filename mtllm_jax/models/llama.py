@@ -163,6 +163,7 @@ class LlamaLayers(nnx.Module):
         packed: bool = True,
         branches: bool = False,
         dropout_key: Array | None = None,
+        attention_dropout: float = 0.0,
     ) -> Array:
         """One layer: attention, then feed-forward, each added to the residual stream."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
@@ -175,6 +176,8 @@ class LlamaLayers(nnx.Module):
             causal=causal,
             packed=packed,
             branches=branches,
+            dropout=attention_dropout,
+            dropout_key=None if dropout_key is None else jax.random.fold_in(dropout_key, 7),
         )
         return h_BTD + self.feed_forward(self.ffn_norm(h_BTD), keys[4:])
 
@@ -188,11 +191,22 @@ class LlamaLayers(nnx.Module):
         causal: bool,
         packed: bool = True,
         branches: bool = False,
+        dropout: float = 0.0,
+        dropout_key: Array | None = None,
     ) -> Array:
-        """Grouped-query attention with rotary positions, [B, T, D]. keys: dropout of q, k, v, o."""
+        """Grouped-query attention with rotary positions, [B, T, D]. keys: dropout of q, k, v, o's
+        adapters; the other is of the attention's own."""
         q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, positions_BT, keys[:3])
         read_BTNH = self.read(
-            q_BTNH, k_BTKH, v_BTKH, segments_BT, causal=causal, packed=packed, branches=branches
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            segments_BT,
+            causal=causal,
+            packed=packed,
+            branches=branches,
+            dropout=dropout,
+            dropout_key=dropout_key,
         )
         return self.o(read_BTNH.reshape(*x_BTD.shape[:2], -1), keys[3])
 
@@ -224,6 +238,8 @@ class LlamaLayers(nnx.Module):
         causal: bool,
         packed: bool = True,
         branches: bool = False,
+        dropout: float = 0.0,
+        dropout_key: Array | None = None,
     ) -> Array:
         """What the positions of a text read from each other, [B, T, N, H]."""
         return attention(
@@ -237,6 +253,8 @@ class LlamaLayers(nnx.Module):
             packed=packed,
             branches=branches,
             backend=self.config.attention,
+            dropout=dropout,
+            dropout_key=dropout_key,
         )
 
     def prefill(
@@ -299,6 +317,7 @@ class Llama(nnx.Module):
         packed: bool = True,
         branches: bool = False,
         dropout_key: Array | None = None,
+        attention_dropout: float = 0.0,
     ) -> Array:
         """Input states → states after the final norm, [B, T, D] in the dtype of `h_BTD`.
 
@@ -306,7 +325,8 @@ class Llama(nnx.Module):
         positions restart in each. What comes out at padding has no meaning. causal=False lets
         every token see its whole text and drops the sliding window. packed=False promises one text
         a row, from its first position on. branches: texts 2..N of a row are read as if each stood
-        alone behind text 1, which is read once. dropout_key: LoRA's dropout.
+        alone behind text 1, which is read once. dropout_key: LoRA's dropout, and that of the
+        attention's weights, of which `attention_dropout` is the share.
         ValueError for branches in rows longer than the sliding window.
         """
         positions_BT = positions_in_segment(segments_BT)
@@ -329,6 +349,7 @@ class Llama(nnx.Module):
                 packed=packed,
                 branches=branches,
                 dropout_key=key,
+                attention_dropout=attention_dropout,
             )
 
         h_BTD = scan_layers(

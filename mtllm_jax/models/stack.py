@@ -102,10 +102,20 @@ def llm_pooled(
     dtype: DTypeLike = jnp.float32,
     key: Array | None = None,
     choices: Choices | None = None,
+    attention_dropout: float = 0.0,
 ) -> Array:
     """The LLM's own pooled state of its own tokens, BOS included [code]; with choices, of each of
     them. float32 [B, N, D]."""
-    h_BTD = llm_hidden(llm, ids_BT, segments_BT, num_texts, causal=causal, dtype=dtype, key=key)
+    h_BTD = llm_hidden(
+        llm,
+        ids_BT,
+        segments_BT,
+        num_texts,
+        causal=causal,
+        dtype=dtype,
+        key=key,
+        attention_dropout=attention_dropout,
+    )
     return segment_mean(h_BTD, *(choices or (segments_BT, num_texts)))
 
 
@@ -118,6 +128,7 @@ def llm_hidden(
     causal: bool,
     dtype: DTypeLike = jnp.float32,
     key: Array | None = None,
+    attention_dropout: float = 0.0,
 ) -> Array:
     """The LLM's last states of its own tokens, [B, T, D] in `dtype`."""
     return llm.hidden(
@@ -126,6 +137,7 @@ def llm_hidden(
         causal=causal,
         packed=num_texts > 1,
         dropout_key=key,
+        attention_dropout=attention_dropout,
     )
 
 

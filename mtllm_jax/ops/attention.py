@@ -3,13 +3,14 @@
 B rows, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head
 width.
 
-| backend | platforms     | dtypes            | head widths   | packed | context | mask      |
-|---------|---------------|-------------------|---------------|--------|---------|-----------|
-| xla     | cpu, gpu, tpu | any               | any           | yes    | yes     | [B, T, S] |
-| cudnn   | gpu           | bfloat16, float16 | 8, 16 … 128   | no     | no      | lengths   |
-| splash  | tpu           | bfloat16, float32 | 64, 128 … 256 | yes    | yes     | segments  |
+| backend | platforms     | dtypes            | head widths   | packed | context | drop | mask     |
+|---------|---------------|-------------------|---------------|--------|---------|------|----------|
+| xla     | cpu, gpu, tpu | any               | any           | yes    | yes     | yes  | [B,T,S]  |
+| cudnn   | gpu           | bfloat16, float16 | 8, 16 … 128   | no     | no      | no   | lengths  |
+| splash  | tpu           | bfloat16, float32 | 64, 128 … 256 | yes    | yes     | no   | segments |
 
 packed: rows of several texts, with padding anywhere. context: a row's queries on several devices.
+drop: weights of the softmax are dropped out where that is wanted.
 Each reads causally (with a window, if wanted) or both ways, has fewer key heads than query heads
 where the model has, and keys of another length than the queries.
 
@@ -50,10 +51,11 @@ class Backend:
     head_widths: tuple[int, int] | None  # multiples of the first, up to the second; None = any
     packed: bool  # several texts in a row, padding anywhere
     context: bool  # queries of a row on several devices
+    drops: bool = False  # weights of the softmax
 
 
 BACKENDS = {
-    "xla": Backend(("cpu", "gpu", "tpu"), None, None, packed=True, context=True),
+    "xla": Backend(("cpu", "gpu", "tpu"), None, None, packed=True, context=True, drops=True),
     "cudnn": Backend(("gpu",), ("bfloat16", "float16"), (8, 128), packed=False, context=False),
     "splash": Backend(("tpu",), ("bfloat16", "float32"), (64, 256), packed=True, context=True),
 }
@@ -71,11 +73,12 @@ def check_attention(
     head_width: int | None = None,
     dtype: DTypeLike | None = None,
     context: int = 1,
+    drops: bool = False,
 ) -> None:
     """Raise ValueError, a sentence, unless the backend can do this; None = not known yet.
 
     platform: "cpu", "gpu" or "tpu". segments: rows may hold several texts. context: devices that
-    the queries of a row lie on.
+    the queries of a row lie on. drops: weights of the softmax are dropped out.
     """
     if window is not None and causal is False:
         raise ValueError(f"window is {window}, which only causal attention has.")
@@ -98,6 +101,8 @@ def check_attention(
         raise _refusal(backend, "reads one text a row, and rows here are packed with several")
     if context > 1 and not can.context:
         raise _refusal(backend, f"reads whole rows, and context cuts them over {context} devices")
+    if drops and not can.drops:
+        raise _refusal(backend, "drops nothing out")
 
 
 def _refusal(backend: str, why: str) -> ValueError:
@@ -144,6 +149,8 @@ def attention(
     packed: bool = True,
     branches: bool = False,
     backend: str = "auto",
+    dropout: float = 0.0,
+    dropout_key: Array | None = None,
 ) -> Array:
     """Softmax attention among the positions of one packed text. Returns [B, T, N, H].
 
@@ -152,15 +159,18 @@ def attention(
     sliding window). packed=False promises one text a row, from its first position on. branches:
     segment 1 is seen by the others of its row too, which all go on from it; by xla, whatever the
     backend. Scores are scaled by H^-1/2 and normalised in float32. What a query without a key to
-    see reads is finite, and has no meaning. ValueError where the backend cannot do it.
+    see reads is finite, and has no meaning. dropout: the share of the softmax's weights that are
+    left out where there is a key to draw them by; the others grow by as much. ValueError where the
+    backend cannot do it.
     """
+    dropped = None if dropout == 0 or dropout_key is None else (dropout, dropout_key)
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     platform, context = layout.platform(), layout.axis_size("context")
     if branches:
         backend = "xla"
     # Of few queries the others' blocks would be mostly empty. A kernel cannot be laid over devices
     # where nothing says how.
-    if backend == "auto" and (T < _TILE or not layout.is_placed()):
+    if backend == "auto" and (T < _TILE or not layout.is_placed() or dropped):
         backend = "xla"
     elif backend == "auto":
         backend = choose_backend(
@@ -175,6 +185,7 @@ def attention(
         head_width=H,
         dtype=q_BTNH.dtype,
         context=context,
+        drops=dropped is not None,
     )
     arrays = q_BTNH, k_BSKH, v_BSKH, query_segments_BT, key_segments_BS
     if backend == "splash":
@@ -182,8 +193,8 @@ def attention(
     if backend == "cudnn":
         return _cudnn_attention(*arrays, causal=causal, window=window)
     mask = _Mask(causal, window, branches)
-    if context == 1:
-        return _xla_attention(*arrays, mask=mask)
+    if context == 1 or dropped:  # what is drawn over context is laid out by the compiler
+        return _xla_attention(*arrays, mask=mask, dropped=dropped)
 
     def local(q_BTNH: Array, *others: Array) -> Array:
         here = q_BTNH.shape[1]
@@ -227,17 +238,20 @@ def _xla_attention(
     *,
     mask: _Mask,
     first: Array | int = 0,
+    dropped: tuple[float, Array] | None = None,
 ) -> Array:
-    """first: the place in its row of the first query here, where others lie elsewhere."""
+    """first: the place in its row of the first query here, where others lie elsewhere. dropped:
+    the share of weights left out, and the key that they are drawn by."""
     B, T, N, H = q_BTNH.shape
     keys = k_BSKH, v_BSKH, key_segments_BS
     scores_a_query = B * N * k_BSKH.shape[1] / layout.ways(B, "rows") / layout.ways(N, "heads")
     if scores_a_query * T <= MOST_SCORES:
-        return _scored_at_once(q_BTNH, query_segments_BT, first, *keys, mask)
+        return _scored_at_once(q_BTNH, query_segments_BT, first, *keys, mask, dropped)
 
     @jax.checkpoint
     def piece(queries: tuple[Array, Array, Array]) -> Array:
-        return _scored_at_once(*queries, *keys, mask)
+        of_piece = dropped and (dropped[0], jax.random.fold_in(dropped[1], queries[2]))
+        return _scored_at_once(*queries, *keys, mask, of_piece)
 
     size = min(T, 2 ** max(0, math.floor(math.log2(MOST_SCORES / scores_a_query))))
     num = -(-T // size)
@@ -259,6 +273,7 @@ def _scored_at_once(
     v_BSKH: Array,
     key_segments_BS: Array,
     mask: _Mask,
+    dropped: tuple[float, Array] | None,
 ) -> Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -279,7 +294,11 @@ def _scored_at_once(
     scores_BKQS = jnp.matmul(q_BKQH, k_BKHS, preferred_element_type=jnp.float32)
     scores = scores_BKQS.reshape(B, K, -1, T, S)
     scores = jnp.where(seen_BTS[:, None, None], scores, _MASKED)
-    weights_BKQS = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype).reshape(B, K, -1, S)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if dropped is not None:
+        share, key = dropped
+        weights *= jax.random.bernoulli(key, 1 - share, weights.shape) / (1 - share)
+    weights_BKQS = weights.astype(v_BSKH.dtype).reshape(B, K, -1, S)
     mixed = jnp.matmul(weights_BKQS, v_BKSH).reshape(B, K, N // K, T, H)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

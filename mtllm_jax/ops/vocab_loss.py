@@ -1,12 +1,16 @@
 """Cross-entropy over a vocabulary, in chunks of tokens.
 
-M tokens, D width, V vocabulary, C candidates.
+M tokens, B rows, T positions, D width, V vocabulary, C candidates.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from mtllm_jax.ops import layout
+
+MOST_LOGITS = 2**28  # of a device at a time; 1 GB
 
 
 def cross_entropy(
@@ -57,6 +61,44 @@ def log_likelihoods(h_MD: Array, kernel_VD: Array, ids_M: Array, *, chunk: int) 
         return logits_V[id] - jax.nn.logsumexp(logits_V)
 
     return jax.lax.map(of_token, (h_MD, ids_M), batch_size=min(chunk, h_MD.shape[0]))
+
+
+def cross_entropy_of_rows(
+    h_BTD: Array,
+    kernel_VD: Array,
+    labels_BT: Array,
+    weights_BT: Array,
+    *,
+    most_logits: int = MOST_LOGITS,
+) -> tuple[Array, Array]:
+    """`cross_entropy` of rows that lie over devices: some positions of all rows at a time.
+
+    most_logits: of a device at a time. Where those of all positions are more, they are computed
+    piece by piece, and again in the backward pass.
+    """
+    B, T, D = h_BTD.shape
+    V = kernel_VD.shape[0]
+    of_position = B * V / layout.ways(B, "rows") / layout.ways(V, "vocab")
+    size = min(T, max(1, int(most_logits / of_position)))
+    num = -(-T // size)
+    pieces = [
+        jnp.pad(x, ((0, 0), (0, num * size - T)) + ((0, 0),) * (x.ndim - 2))
+        .reshape(B, num, size, *x.shape[2:])
+        .swapaxes(0, 1)
+        for x in (h_BTD, labels_BT, weights_BT.astype(jnp.float32))
+    ]
+
+    def summed(h_BQD: Array, labels_BQ: Array, weights_BQ: Array) -> Array:
+        tokens = h_BQD.reshape(-1, D), labels_BQ.reshape(-1), weights_BQ.reshape(-1)
+        return cross_entropy(tokens[0], kernel_VD, *tokens[1:])[0]
+
+    def step(total: Array, piece: list[Array]) -> tuple[Array, None]:
+        return total + jax.checkpoint(summed)(*piece), None
+
+    count = jnp.sum(pieces[2])
+    if num == 1:
+        return summed(*(x[0] for x in pieces)), count
+    return jax.lax.scan(step, jnp.zeros((), jnp.float32), pieces)[0], count
 
 
 def sampled_vocabulary(is_label_V: np.ndarray, num_sampled: int, key: Array) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 from typing import Any
 
@@ -44,6 +45,13 @@ class FinishedRun:
     task: str
     labels: tuple[str, ...]
     num_choices: int
+
+    @property
+    def adapters(self) -> list[str]:
+        """What is merged into the LLM in turn: as it was given, then what the run or that of its
+        stage 1 has trained for it."""
+        own = self.config.llm_adapters[len(self.given.llm_adapters) :]
+        return [*self.given.llm_adapters, *(os.path.relpath(path, self.path) for path in own)]
 
     @functools.cached_property
     def results(self) -> dict[str, Any] | None:
@@ -94,7 +102,8 @@ def open_run(folder: str | os.PathLike[str], stage: str = "distillation") -> Fin
             return name
         return folder if is_remote(folder) else os.fspath(path / folder)
 
-    adapters = zip(given.llm_adapters, about["llm_adapters"], strict=True)
+    # Behind those that were given are those that it has trained, or its stage 1's run has.
+    adapters = itertools.zip_longest(given.llm_adapters, about["llm_adapters"], fillvalue="")
     models = dataclasses.replace(
         given,
         encoder=told("encoder", given.encoder, about["encoder"]),

@@ -112,8 +112,11 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     if config.frozen_dtype == "int8":
         with naming("frozen_dtype"):
             quantised.check_available()
-    if config.trained != "all":
+    if config.trained != "all" or _prepares_llm(config):
         _check_lora_targets(config)
+    if "simcse.training" in config.stages() and config.simcse.dropout:
+        with naming("simcse.dropout"):
+            check_attention(config.attention, drops=True)
     config, revisions = locate_models(config, revisions)
     if config.llm:
         _check_llm(config)
@@ -257,7 +260,7 @@ def _readable_rows(
     return [row for row in read.test if row["language"] in wanted], notes
 
 
-def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
+def idle_fields(config: MTLLM, given: Sequence[str]) -> str:
     """One line naming those of the `given` fields (dotted) that have no effect, and why; or ""."""
     reasons = {
         f"{where}.{side}_length": f"this stage reads no {side} side"
@@ -278,7 +281,8 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
         limits = ("task.name", "task.languages", "task.limit")
         reasons |= dict.fromkeys(limits, "neither config.task.benchmark nor task.train is given")
     if config.stage1:
-        reasons |= dict.fromkeys(("adaptation", "lora.start"), "config.stage1 brings its stage 1")
+        brought = ("adaptation", "lora.start", "mntp", "simcse")
+        reasons |= dict.fromkeys(brought, "config.stage1 brings its stage 1")
     elif not config.adaptation.training.steps:
         reasons |= dict.fromkeys(_ADAPTING, "stage 1 is left out, of 0 steps")
     stages = {f"{where}.": training for where, training in config.stages().items()}
@@ -301,8 +305,18 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
             reasons[field] = f"config.evaluation.systems has no {system}"
     if not {"translate_test", "translate_train"} & set(systems):
         reasons["translator"] = "config.evaluation.systems has no translate_test"
+    for stage in () if config.stage1 else ("mntp", "simcse"):
+        steps = f"{stage}.training.steps"
+        if not getattr(config, stage).training.steps:
+            left_out = [name for name in given if name.startswith(f"{stage}.") and name != steps]
+            reasons |= dict.fromkeys(left_out, f"config.{steps} is 0")
+        elif any(map(is_prepared, config.adaptation_text)):
+            rows = (f"{stage}.training.target_length", f"{stage}.training.packing")
+            reasons |= dict.fromkeys(rows, "config.adaptation_text holds rows that are prepared")
     if config.trained == "all":
-        reasons |= dict.fromkeys(("lora.targets", "lora.start"), "config.trained is 'all'")
+        reasons["lora.start"] = "config.trained is 'all'"
+        if not _prepares_llm(config):
+            reasons["lora.targets"] = "config.trained is 'all'"
     if config.trained == "bridge":
         reasons["lora.start"] = "config.trained is 'bridge'"
     unread = [(config.distillation.objective.logits_kl, "distillation", "logits_temperature")]
@@ -319,6 +333,11 @@ def idle_fields(config: MTLLM, given: Iterable[str]) -> str:
                 found.setdefault(reason, []).append(f"config.{name}")
     listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in found.items())
     return listed and f"without effect here: {listed}."
+
+
+def _prepares_llm(config: MTLLM) -> bool:
+    """Whether adapters are trained to be merged into the LLM."""
+    return not config.stages().keys().isdisjoint(("mntp.training", "simcse.training"))
 
 
 def _check_sources(config: MTLLM) -> None:
@@ -375,6 +394,8 @@ def _check_llm(config: MTLLM) -> None:
     with naming("llm"):
         sizes = dataclasses.replace(check_llama(config.llm), attention=config.attention)
         tokenizer = TargetTokenizer(local_files(config.llm))
+        if "mntp.training" in config.stages():
+            tokenizer.mask_id()
         _check_vocabulary(config.llm, tokenizer.vocab_size, sizes.vocab_size)
     with naming("llm_adapters"):
         for folder in config.llm_adapters:

@@ -18,6 +18,7 @@ from mtllm_jax.evaluation import evaluate
 from mtllm_jax.goodput import told
 from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.recipes import inputs as given
+from mtllm_jax.recipes import llm2vec
 from mtllm_jax.recipes.dry_run import dry_run
 from mtllm_jax.recipes.finished import begun
 from mtllm_jax.recipes.inputs import REVISIONS, Inputs, idle_fields, revisions_of
@@ -38,6 +39,7 @@ ROWS = "rows.json"  # in a run folder: SHA-256 of the task's rows
 TRAINED_STAGES = {
     "mini_nllb": "mini NLLB",
     "mini_llama": "mini Llama",
+    **{name: f"LLM preparation, {title}" for name, title in llm2vec.TITLES.items()},
     "adaptation": "stage 1, general adaptation",
     "teacher": "stage 2a, teacher",
     "distillation": "stage 2b, task distillation",

@@ -85,27 +85,42 @@ def load_parts(
     The LLM has the config's adapters merged into it. console: shows how far reading is.
     """
 
-    def told(what: str) -> Progress | None:
-        return None if console is None else console.progress_of_bytes(what)
-
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "remat": config.remat,
-        "unroll_layers": config.unroll_layers,
-        "attention": config.attention,
-    }
-    dtype = jnp.dtype(config.frozen_dtype)
-    told_llm = told("reading the LLM")
-    llm = load_merged(llm_folder, config.llm_adapters, dtype=dtype, progress=told_llm, **options)
-    told_encoder = told("reading the encoder")
+    llm = load_llm(config, llm_folder, config.llm_adapters, mesh, console)
+    told = _told(console, "reading the encoder")
     return Parts(
         source=source_tokenizer(
             local_files(encoder_folder), legacy_source_order=config.legacy_source_order
         ),
         target=TargetTokenizer(local_files(llm_folder)),
-        encoder=load_encoder(encoder_folder, dtype=dtype, progress=told_encoder, **options),
+        encoder=load_encoder(encoder_folder, progress=told, **_how_to_read(config, mesh)),
         llm=llm,
     )
+
+
+def load_llm(
+    config: MTLLM,
+    folder: str,
+    adapters: Sequence[str],
+    mesh: jax.sharding.Mesh | None,
+    console: Console | None = None,
+) -> Llama:
+    """The LLM as `load_parts` reads it, with these adapters merged."""
+    told = _told(console, "reading the LLM")
+    return load_merged(folder, adapters, progress=told, **_how_to_read(config, mesh))
+
+
+def _told(console: Console | None, what: str) -> Progress | None:
+    return None if console is None else console.progress_of_bytes(what)
+
+
+def _how_to_read(config: MTLLM, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
+    return {
+        "dtype": jnp.dtype(config.frozen_dtype),
+        "mesh": mesh,
+        "remat": config.remat,
+        "unroll_layers": config.unroll_layers,
+        "attention": config.attention,
+    }
 
 
 def weights_of(parts: Parts) -> dict[str, str]:

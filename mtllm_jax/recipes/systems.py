@@ -39,7 +39,7 @@ from mtllm_jax.languages import ENGLISH
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import Llama
 from mtllm_jax.models.nllb import NLLB
-from mtllm_jax.recipes import mini_models, stacking
+from mtllm_jax.recipes import llm2vec, mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
 from mtllm_jax.recipes.prompting import prompt_flops, prompted
@@ -68,6 +68,7 @@ class Made:
 
     translator_folder: str | None  # of what translate-test translates with
     llm_folder: str
+    llm_adapters: Sequence[str]  # merged into the LLM: the config's, and those of its preparation
     parts: stacking.Parts
     task: Task
     english: Texts | Prepared | None  # texts of stage 1; None where it was done before
@@ -93,8 +94,10 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         )
     for note in task.notes:
         job.console.print(note)
-    describe_model(job.run, task, encoder_folder, llm_folder, config.llm_adapters)
-    parts = stacking.load_parts(config, encoder_folder, llm_folder, job.mesh, job.console)
+    adapters = llm2vec.prepared_llm(job, llm_folder, english)
+    describe_model(job.run, task, encoder_folder, llm_folder, adapters)
+    prepared = dataclasses.replace(config, llm_adapters=adapters)
+    parts = stacking.load_parts(prepared, encoder_folder, llm_folder, job.mesh, job.console)
     weights = stacking.weights_of(parts)
     stacking.check_weights(job.run.path, weights, write=True)
     if english is None:
@@ -118,6 +121,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     return Made(
         translator_folder if translates else None,
         llm_folder,
+        adapters,
         parts,
         task,
         english,
@@ -303,7 +307,7 @@ def _summed(
 
 def _causal_llm(job: Job[MTLLM], made: Made) -> Llama:
     """The LLM as it was pretrained: adapters that make it read both ways are none of it."""
-    if not job.config.llm_adapters:
+    if not made.llm_adapters:
         return made.parts.llm
     dtype = jnp.dtype(job.config.frozen_dtype)
     return load_merged(made.llm_folder, (), dtype=dtype, mesh=job.mesh)

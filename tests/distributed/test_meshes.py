@@ -71,6 +71,12 @@ def test_every_objective_on_mixed_meshes(case):
     check(case, MIXED[tiny.CASES.index(case) % len(MIXED)])
 
 
+@pytest.mark.parametrize(("case", "mesh"), [("mntp-lora", MIXED[0]), ("simcse-lora", MIXED[3])])
+def test_preparing_the_llm(case, mesh):
+    """What is masked, dropped out and compared is the same, wherever a text lies."""
+    check(case, mesh)
+
+
 def collectives(program):
     """{kind: shapes of what the devices get by it}, numbers alone: positions are integers."""
     found = collections.defaultdict(list)
