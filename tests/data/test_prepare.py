@@ -22,7 +22,7 @@ from mtllm_jax.config import MTLLM
 from mtllm_jax.data import packing
 from mtllm_jax.data.packing import Counts
 from mtllm_jax.data.pipeline import batches
-from mtllm_jax.data.prepare import Maker, make_rows, prepare
+from mtllm_jax.data.prepare import Maker, make_rows, maker_of, prepare
 from mtllm_jax.data.prepared import Prepared, is_prepared
 from mtllm_jax.data.texts import read_texts
 from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
@@ -30,6 +30,7 @@ from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tok
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import inputs
 from mtllm_jax.recipes import prepare as recipe
+from mtllm_jax.recipes.job import stage_seed
 from mtllm_jax.schema import resolve
 
 NAMES = [name for key, name in Locale("en").territories.items() if len(key) == 2]
@@ -548,6 +549,38 @@ def test_prepared_rows_are_not_prepared_again(folder, prepared_folder, tmp_path)
     with pytest.raises(ValueError, match=said):
         run_recipe(config_of(folder, adaptation_text=(str(to),)), tmp_path / "rows")
     assert not (tmp_path / "rows").exists()
+
+
+def test_a_mixture_is_prepared_as_it_is_on_the_fly(folder, prepared_folder, tmp_path):
+    """Three quarters of a source of ten texts, which are drawn over and over."""
+    (tmp_path / "few.txt").write_text("\n".join(NAMES[:10]))
+    sources = (f"{tmp_path}/few.txt", f"{folder}/texts.txt")
+    config = config_of(folder, adaptation_text=sources, adaptation__mixture=(3.0, 1.0))
+    said = io.StringIO()
+    recipe.run(config, str(tmp_path / "a"), workers=0, fit_lengths=False, console=Console(said))
+    told = " ".join(said.getvalue().split())
+    assert "few.txt 75.4% (98 drawn of 10), texts.txt 24.6% (32 drawn of 120)" in told
+    prepared = Prepared(tmp_path / "a")
+    maker = maker_of(
+        config,
+        source_tokenizer(config.encoder),
+        TargetTokenizer(config.llm),
+        stage_seed(config.seed, "adaptation"),
+    )
+    assert_same_rows(prepared.rows(), make_rows(maker, read_at_the_door(config)))
+    numbers = [n for row in prepared.rows() for n in row["example"].tolist() if n]
+    assert len(numbers) == 130 and sum(n <= 10 for n in numbers) == 98
+    run_recipe(config, tmp_path / "a")  # the same again is no error; another mixture is
+    other = config_of(folder, adaptation_text=sources, adaptation__mixture=(1.0, 1.0))
+    with pytest.raises(ValueError, match=r"rows of other texts or settings .*mixture"):
+        run_recipe(other, tmp_path / "a")
+    mixed = config_of(folder, adaptation_text=(str(prepared_folder[0]), sources[0]))
+    with pytest.raises(ValueError, match="holds prepared rows, which cannot be mixed with other"):
+        read_at_the_door(mixed)
+    with pytest.raises(ValueError, match=r"adaptation\.mixture is \(1\.0,\); it must be \(\) or 2"):
+        config_of(folder, adaptation_text=sources, adaptation__mixture=(1.0,))
+    with pytest.raises(ValueError, match=r"config\.adaptation_text is .* without repetitions"):
+        config_of(folder, adaptation_text=sources[:1] * 2)
 
 
 def test_a_manifest_beside_text_is_no_matter(folder, tmp_path):
