@@ -84,7 +84,10 @@ PER_TOKEN = dataclasses.replace(
 
 @pytest.mark.parametrize(
     ("make", "config", "term"),
-    [(tiny.adaptation, PER_TOKEN, "per_token"), (tiny.distillation, CHANGED, "logits_kl")],
+    [
+        pytest.param(tiny.adaptation, PER_TOKEN, "per_token", marks=pytest.mark.slow),
+        (tiny.distillation, CHANGED, "logits_kl"),
+    ],
     ids=["adaptation", "distillation"],
 )
 def test_packed_equals_one_text_a_row(make, config, term):
