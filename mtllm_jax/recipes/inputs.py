@@ -319,8 +319,12 @@ def idle_fields(config: MTLLM, given: Sequence[str]) -> str:
             reasons["lora.targets"] = "config.trained is 'all'"
     if config.trained == "bridge":
         reasons["lora.start"] = "config.trained is 'bridge'"
-    unread = [(config.distillation.objective.logits_kl, "distillation", "logits_temperature")]
-    unread.append((config.distillation.objective.contrastive, "distillation", "temperature"))
+    unread = []
+    if config.distillation.learns == "teacher":
+        unread.append(
+            (config.distillation.objective.logits_kl, "distillation", "logits_temperature")
+        )
+        unread.append((config.distillation.objective.contrastive, "distillation", "temperature"))
     if not config.stage1 and config.adaptation.training.steps:
         unread.append((config.adaptation.objective.contrastive, "adaptation", "temperature"))
     for weight, where, field in unread:
