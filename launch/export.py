@@ -1,7 +1,7 @@
 """Write a finished run as a Hugging Face folder: python launch/export.py --workdir=RUN --to=DIR
 
-hf: the whole stack, for PyTorch; peft: what the LLM learnt, as an adapter; llama, nllb: the LLM and
-the MT model that the run started from.
+hf: the whole stack, for PyTorch, or as it is after stage 1, for tasks to begin with; peft: what the
+LLM learnt, as an adapter; llama, nllb: the LLM and the MT model that the run started from.
 """
 
 from absl import flags
@@ -20,6 +20,12 @@ _ADAPTERS = flags.DEFINE_enum(
 _RANK = flags.DEFINE_integer(
     "rank", None, "of peft, where all layers were trained: rank of the adapter (none: full)"
 )
+_STAGE = flags.DEFINE_enum(
+    "stage",
+    None,
+    ("adaptation", "distillation"),
+    "of hf: after which the stack is written (distillation); adaptation is stage 1, without a head",
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, f"{', '.join(DTYPES)} (as in the run)")
 
 
@@ -29,7 +35,11 @@ def main() -> None:
     if not workdir or not to:
         missing = "to" if workdir else "workdir"
         raise ValueError(f"--{missing} is missing; what is needed is --workdir=RUN --to=DIR.")
-    given = {"adapters": (_ADAPTERS.value, "hf"), "rank": (_RANK.value, "peft")}
+    given = {
+        "adapters": (_ADAPTERS.value, "hf"),
+        "rank": (_RANK.value, "peft"),
+        "stage": (_STAGE.value, "hf"),
+    }
     for name, (setting, owner) in given.items():
         if setting is not None and _FORMAT.value != owner:
             raise ValueError(f"--{name} has no effect with --format={_FORMAT.value}.")
@@ -45,6 +55,7 @@ def main() -> None:
         rank=_RANK.value,
         dtype=_DTYPE.value,
         console=Console(),
+        stage=_STAGE.value or "distillation",
     )
 
 

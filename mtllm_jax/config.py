@@ -616,7 +616,8 @@ class MTLLM:
     # Of the task, instead of `seed`: stages 2a and 2b and the encoder baseline are trained with
     # each, from one stage 1; () = `seed` alone.
     seeds: tuple[int, ...] = ()
-    # A run's folder: its models and its stage 1 are what the task begins with; "" = one of its own.
+    # A run's folder: its models and its stage 1 are what the task begins with; or that of an
+    # exported stage 1, beside the encoder and the LLM that it began with; "" = one of its own.
     stage1: str = ""
     legacy_source_order: bool = False  # NLLB's sources as transformers had them before April 2023
     bridge: Bridge = Bridge()

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -14,6 +15,7 @@ from mtllm_jax.hf.peft import difference_as_lora, save_peft
 from mtllm_jax.hf.stack import save_stack
 from mtllm_jax.metrics import Console
 from mtllm_jax.models import lora
+from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.finished import FinishedRun, open_run
 from mtllm_jax.runfolder import is_remote
 
@@ -27,14 +29,16 @@ def export(
     rank: int | None,
     dtype: str | None,
     console: Console,
+    stage: str = "distillation",
 ) -> None:
     """Write the folder `to`, whole or not at all, and say how it is loaded.
 
     format: "hf" (the stack with its head), "peft" (what the student's LLM learnt, as an adapter
     of the LLM it started from), "llama" or "nllb" (that LLM, that MT model). adapters, of "hf":
     LoRA "merged" into the weights or "kept". rank, of "peft" where all layers were trained; None
-    = full. dtype: of the tensors written; None = as in the run. ValueError for what does not fit
-    the run, before any weight is read.
+    = full. dtype: of the tensors written; None = as in the run. stage, of "hf": what the stack has
+    learnt, "distillation" or "adaptation", stage 1 alone, without a head. ValueError for what does
+    not fit the run, before any weight is read.
     """
     if is_remote(to):
         raise ValueError(f"--to={to} is remote; it must be a local folder, to be copied from.")
@@ -42,7 +46,9 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "is a file" if folder.is_file() else "is not empty"
         raise ValueError(f"--to={to} exists and {what}; choose another folder.")
-    run = open_run(run_folder)
+    if stage == "adaptation" and format != "hf":
+        raise ValueError(f"--stage is 'adaptation'; --format is {format!r} and must be 'hf'.")
+    run = open_run(run_folder, stage)
     if run.config.frozen_dtype == "int8":
         floats = dataclasses.replace(run.config, frozen_dtype="bfloat16")
         run = dataclasses.replace(run, config=floats)
@@ -64,7 +70,7 @@ def export(
     with console.stage(f"{format}: {run.path} → {folder}"):
         match format:
             case "hf":
-                how = _stack(run, folder, adapters, dtype, console)
+                how = _stack(run, folder, stage, adapters, dtype, console)
             case "peft":
                 how = _adapter(run, folder, rank, dtype, console)
             case "llama":
@@ -84,16 +90,30 @@ def _as_it_was(run: FinishedRun) -> bool:
 
 
 def _stack(
-    run: FinishedRun, folder: Path, adapters: str, dtype: str | None, console: Console
+    run: FinishedRun,
+    folder: Path,
+    stage: str,
+    adapters: str,
+    dtype: str | None,
+    console: Console,
 ) -> str:
     parts = run.load_parts(console=console)
-    _, student = run.load_trained(parts)
+    task: dict[str, Any] = {}
+    if stage == "adaptation":
+        stack = stacking.load_stage_1(run.path, run.config, parts)
+    else:
+        _, student = run.load_trained(parts)
+        stack = student.stack
+        task = {
+            "head": student.head,
+            "labels": () if run.num_choices else run.labels,
+            "kind": "multiple_choice" if run.num_choices else "classification",
+            "card": model_card(run, parts.source.languages),
+        }
     save_stack(
         folder,
-        student.stack,
-        head=student.head,
-        labels=() if run.num_choices else run.labels,
-        kind="multiple_choice" if run.num_choices else "classification",
+        stack,
+        **task,
         bidirectional=run.config.bidirectional,
         max_length=run.config.evaluation.max_length,
         languages=parts.source.languages,
@@ -101,10 +121,11 @@ def _stack(
         llm_tokenizer_from=run.config.llm,
         legacy_source_order=run.config.legacy_source_order,
         lora=adapters,
-        card=model_card(run, parts.source.languages),
         dtype=dtype,
         progress=console.progress_of_bytes("writing the stack"),
     )
+    if stage == "adaptation":
+        return f"--config.stage1={folder} of launch/train.py, or mtllm_jax.load({str(folder)!r})"
     auto = "MultipleChoice" if run.num_choices else "SequenceClassification"
     return (
         f"transformers.AutoModelFor{auto}.from_pretrained({str(folder)!r}, trust_remote_code=True)"

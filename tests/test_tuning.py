@@ -16,7 +16,12 @@ from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.finished import open_run
 
-LABELS = {"distillation.learns": "labels", "distillation.start": "stage1"}
+LABELS = {
+    "distillation.learns": "labels",
+    "distillation.start": "stage1",
+    "evaluation.systems": "mt_llm",
+    "teacher.steps": 1,
+}
 
 
 def test_what_is_minimised_is_the_labels_cross_entropy():
@@ -54,8 +59,7 @@ def test_a_start_from_the_teacher_is_refused():
 
 @pytest.mark.slow
 def test_a_run_on_labels_predicts_and_is_exported_with_its_own_head(mini_run, tmp_path):
-    fields = LABELS | {"task.name": "", "mt_encoder.steps": 1, "teacher.steps": 1}
-    run, results = finished(mini_run, tmp_path, fields)
+    run, results = finished(mini_run, tmp_path, LABELS | {"task.name": ""})
     assert results["stage_2b"] == "labels"
     opened = open_run(run)
     teacher, student = opened.load_trained(opened.load_parts())
@@ -81,8 +85,6 @@ def test_multiple_choice_is_learnt_from_its_labels(mini_run, tmp_path):
         "task.train": tmp_path / "a.jsonl",
         "task.test": tmp_path / "b.jsonl",
         "distillation.training.steps": 60,
-        "mt_encoder.steps": 1,
-        "teacher.steps": 1,
     }
     run, _ = finished(mini_run, tmp_path, fields)
     frame = predictions(run, "mt_llm")

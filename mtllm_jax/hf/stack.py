@@ -36,6 +36,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 from jax.typing import DTypeLike
@@ -397,6 +398,15 @@ def load_stack(
         languages=config.languages,
         legacy_source_order=config.legacy_source_order,
     )
+
+
+def is_stack(folder: str | os.PathLike) -> bool:
+    """Whether this is the folder of a stack, by its config.json."""
+    try:
+        values = json.loads((epath.Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") in MODEL_TYPES
 
 
 def check_stack(folder: str | os.PathLike) -> StackConfig:

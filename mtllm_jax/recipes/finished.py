@@ -10,9 +10,10 @@ import jax
 from etils import epath
 
 from mtllm_jax.config import MTLLM, naming, require
+from mtllm_jax.hf.stack import StackConfig, check_stack, is_stack
 from mtllm_jax.metrics import Console
 from mtllm_jax.recipes import stacking
-from mtllm_jax.recipes.inputs import adapter_key, locate_models, revisions_of
+from mtllm_jax.recipes.inputs import adapter_key, locate_models, lora_targets, revisions_of
 from mtllm_jax.runfolder import differing_fields, is_remote, read_json, run_path
 from mtllm_jax.schema import resolve, to_dict
 
@@ -125,9 +126,13 @@ def open_run(folder: str | os.PathLike[str], stage: str = "distillation") -> Fin
 def begun(config: MTLLM) -> MTLLM:
     """The config with the models of the run that config.stage1 names; as it is if it names none.
 
-    ValueError for what is no such run, and for settings that differ from those of its stage 1.
+    Of an exported stage 1 the models are the config's own. ValueError for what is neither, and for
+    settings that differ from those of that stage 1.
     """
     if not config.stage1:
+        return config
+    if is_stack(config.stage1):
+        _check_exported(config)
         return config
     with naming("stage1"):
         run = open_run(config.stage1, "adaptation")
@@ -149,6 +154,58 @@ def begun(config: MTLLM) -> MTLLM:
         llm=run.config.llm,
         llm_adapters=run.config.llm_adapters,
     )
+
+
+def _check_exported(config: MTLLM) -> None:
+    """Raise ValueError unless the stack that config.stage1 names is what the task can begin with,
+    as far as it shows without its weights."""
+    with naming("stage1"):
+        folder, stack = config.stage1, check_stack(config.stage1)
+        if stack.kind != "none":
+            raise ValueError(
+                f"{folder} has a head and so has learnt a task; a stage 1 is exported by"
+                " --stage=adaptation"
+            )
+        if config.trained != "all" and _adapters(stack) != _wanted_adapters(config):
+            raise ValueError(
+                f"{folder} keeps the adapters {_adapters(stack) or 'none'} (by map: rank, alpha),"
+                f" and with config.trained {config.trained!r} and config.lora they are"
+                f" {_wanted_adapters(config) or 'none'}; they must be the same"
+            )
+        if config.trained == "all" and stack.lora:
+            raise ValueError(
+                f"{folder} keeps adapters, and config.trained is 'all'; export it by"
+                " --adapters=merged"
+            )
+        bridge = {"hidden": stack.bridge_hidden, "stride": stack.bridge_stride}
+        theirs = {"bidirectional": stack.bidirectional, "bridge": bridge}
+        ours = {"bidirectional": config.bidirectional, "bridge": dataclasses.asdict(config.bridge)}
+        theirs["legacy_source_order"] = stack.legacy_source_order
+        ours["legacy_source_order"] = config.legacy_source_order
+        if different := differing_fields(theirs, ours):
+            raise ValueError(
+                f"{folder} was trained with other settings ({', '.join(different)}); they must be"
+                " the same"
+            )
+    for field in ("encoder", "llm"):
+        value = getattr(config, field)
+        what = "the model that the exported stage 1 began with"
+        require(bool(value), field, value, f"{what}, as config.stage1 is no run")
+    text = config.adaptation_text
+    require(not text, "adaptation_text", text, "empty: config.stage1 brings its own")
+    exact = "'float32' or 'bfloat16' where config.stage1 is no run"
+    require(config.frozen_dtype != "int8", "frozen_dtype", config.frozen_dtype, exact)
+
+
+def _adapters(stack: StackConfig) -> dict[str, list[float]]:
+    return {name: [float(x) for x in sizes] for name, sizes in sorted(stack.lora.items())}
+
+
+def _wanted_adapters(config: MTLLM) -> dict[str, list[float]]:
+    if config.trained != "lora":
+        return {}
+    sizes = [float(config.lora.rank), float(config.lora.alpha)]
+    return dict.fromkeys(sorted(lora_targets(config)), sizes)
 
 
 def _bound(config: MTLLM) -> dict[str, Any]:

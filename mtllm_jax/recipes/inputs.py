@@ -113,7 +113,7 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
         with naming("frozen_dtype"):
             quantised.check_available()
     if config.trained != "all" or _prepares_llm(config):
-        _check_lora_targets(config)
+        lora_targets(config)
     if "simcse.training" in config.stages() and config.simcse.dropout:
         with naming("simcse.dropout"):
             check_attention(config.attention, drops=True)
@@ -374,8 +374,8 @@ def _check_sources(config: MTLLM) -> None:
             )
 
 
-def _check_lora_targets(config: MTLLM) -> set[str]:
-    """Returns the names of the linear maps that they are."""
+def lora_targets(config: MTLLM) -> set[str]:
+    """The names of the linear maps that config.lora.targets stands for. ValueError for others."""
     # Names do not depend on sizes, so the smallest model answers for all.
     smallest = LlamaConfig(4, 4, 1, 1, 1, 4, 4)
 
@@ -411,7 +411,7 @@ def _check_llm(config: MTLLM) -> None:
 
 def _check_start(config: MTLLM, sizes: LlamaConfig) -> None:
     """What the student's adapter begins as has the sizes of those that are made afresh."""
-    folder, ours, targets = config.lora.start, config.lora, _check_lora_targets(config)
+    folder, ours, targets = config.lora.start, config.lora, lora_targets(config)
     adapter = check_peft(folder, sizes, to_be_kept=True)
     if adapter.factors.keys() != targets:
         raise ValueError(

@@ -39,6 +39,7 @@ from mtllm_jax.flops import Flops, adaptation_flops
 from mtllm_jax.hf.encoder import Encoder, load_encoder
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.peft import attach_peft, load_merged
+from mtllm_jax.hf.stack import is_stack, load_stack
 from mtllm_jax.hf.tensors import Progress
 from mtllm_jax.inference import Forward, Vectors
 from mtllm_jax.metrics import Console
@@ -341,13 +342,55 @@ def general_adaptation(job: Job[MTLLM], parts: Parts, english: Texts | Prepared)
         )
 
 
-def load_adapted(config: MTLLM, parts: Parts) -> nnx.State:
-    """What was trained by the stage 1 of the run that config.stage1 names.
+def load_adapted(config: MTLLM, parts: Parts, mesh: jax.sharding.Mesh) -> nnx.State:
+    """What was trained by the stage 1 that config.stage1 names: a run's, or an exported one.
+
+    ValueError for weights that are missing or damaged, or of other models than these.
+    """
+    _, fresh, frozen = split(build_stack(config, parts, seed=0), is_trained(config))
+    if is_stack(config.stage1):
+        return _exported(config, fresh, frozen, mesh)
+    return load_params(epath.Path(config.stage1) / "adaptation" / "params", fresh)
+
+
+def load_stage_1(run: epath.Path, config: MTLLM, parts: Parts) -> Stack:
+    """The stack as the stage 1 of a run left it, its encoder's layers in one piece.
 
     ValueError for weights that are missing or damaged.
     """
-    _, fresh, _ = split(build_stack(config, parts, seed=0), is_trained(config))
-    return load_params(epath.Path(config.stage1) / "adaptation" / "params", fresh)
+    stack = build_stack(config, parts, seed=0)
+    _, fresh, _ = split(stack, is_trained(config))
+    stack = with_trained(config, stack, load_params(run / "adaptation" / "params", fresh))
+    stack.encoder.whole()
+    return stack
+
+
+def _exported(
+    config: MTLLM, fresh: nnx.State, frozen: nnx.State, mesh: jax.sharding.Mesh
+) -> nnx.State:
+    """What an exported stack has in the place of `fresh`; the rest of it must be `frozen`."""
+    stack = load_stack(config.stage1, mesh=mesh).stack
+    encoder: Any = stack.encoder
+    if config.encoder_layers:
+        encoder.free(config.encoder_layers)
+    theirs = dict(nnx.to_flat_state(nnx.state(stack)))
+
+    def of_theirs(path: Any, variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(theirs[path][...].astype(variable.dtype))
+
+    # A folder keeps no decoder and no output layer.
+    shared = [(path, v) for path, v in nnx.to_flat_state(frozen) if path in theirs]
+    for part in ("encoder", "llm"):
+        ours = {path: v[...] for path, v in shared if path[0] == part}
+        same = {path: of_theirs(path, v)[...] for path, v in shared if path[0] == part}
+        if tree_hash(ours) != tree_hash(same):
+            raise ValueError(
+                f"config.stage1: {config.stage1} has other weights than config.{part} where stage 1"
+                " changes none; name the model that it began with, and export in its dtype, with"
+                " --adapters=kept where they are what learns."
+            )
+    learnt = [(path, of_theirs(path, v)) for path, v in nnx.to_flat_state(fresh)]
+    return nnx.from_flat_state(learnt)
 
 
 # ---------------------------------------------------------------- stage 2a: the task's teacher

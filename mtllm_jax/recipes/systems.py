@@ -34,6 +34,7 @@ from mtllm_jax.hf.encoder import has_decoder
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.hf.peft import load_merged
+from mtllm_jax.hf.stack import is_stack
 from mtllm_jax.inference import Vectors
 from mtllm_jax.languages import ENGLISH
 from mtllm_jax.models.layers import Linear
@@ -101,8 +102,9 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     weights = stacking.weights_of(parts)
     stacking.check_weights(job.run.path, weights, write=True)
     if english is None:
-        stacking.check_weights(epath.Path(config.stage1), weights)
-        adapted = stacking.load_adapted(config, parts)
+        if not is_stack(config.stage1):
+            stacking.check_weights(epath.Path(config.stage1), weights)
+        adapted = stacking.load_adapted(config, parts, job.mesh)
     else:
         adapted = stacking.general_adaptation(job, parts, english)
 
