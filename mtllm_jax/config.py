@@ -573,6 +573,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What encoder, stack and LLM are asked without labels, after stage 1; nothing by default."""
+
+    bitext: Literal["", "tatoeba", "ntrex"] = ""  # whose translations are to be found
+    data: str = ""  # folder of its files, a clone of its repository
+    limit: int = 0  # lines of each language; 0 = all
+
+    def check(self) -> None:
+        together = "the folder of probe.bitext, and empty without one"
+        require(bool(self.bitext) == bool(self.data), "probe.data", self.data, together)
+        require(self.limit >= 0, "probe.limit", self.limit, "0 (all lines) or above")
+
+
+@dataclass(frozen=True)
 class MTLLM:
     """MT-LLM, from checkpoints to the table."""
 
@@ -619,6 +633,7 @@ class MTLLM:
     # A run's folder: its models and its stage 1 are what the task begins with; or that of an
     # exported stage 1, beside the encoder and the LLM that it began with; "" = one of its own.
     stage1: str = ""
+    probe: Probe = Probe()
     legacy_source_order: bool = False  # NLLB's sources as transformers had them before April 2023
     bridge: Bridge = Bridge()
     encoder_layers: int = 0  # last ones of the encoder that learn in stages 1 and 2b; 0 = frozen
@@ -669,6 +684,7 @@ class MTLLM:
             self.adaptation,
             self.distillation,
             self.evaluation,
+            self.probe,
         ):
             if group is not None:
                 group.check()

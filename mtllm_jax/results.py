@@ -156,6 +156,7 @@ def results_table(
     parts: list[RenderableType] = [
         _table(results, *chosen) for chosen in (whole if len(whole) == 1 else each)
     ]
+    parts += [_plain_table(*table) for table in probe_tables(results)]
     if run_folder is None:
         return Group(*parts, *_notes(results))
     # Commands stay on one line however long they are: they are there to be copied.
@@ -164,6 +165,34 @@ def results_table(
         for aim, command in next_steps(run_folder)
     ]
     return Group(*parts, *_notes(results), Text(), Text("What next", style="bold"), *steps)
+
+
+def probe_tables(
+    results: Mapping[str, Any],
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and rows of what was asked without labels; none where nothing was."""
+    probes = results.get("probes")
+    if not probes:
+        return []
+    systems = probes["systems"]
+    codes = languages_of({"systems": systems})
+    means = [f"{100 * entry['mean']:.1f}" for entry in systems.values()]
+    rows = [[f"mean of {len(codes)} languages", *means]]
+    rows += [
+        [_label(code), *(f"{100 * entry['languages'][code]:.1f}" for entry in systems.values())]
+        for code in codes
+    ]
+    title = f"Retrieval of English translations, {probes['bitext']}, accuracy in %"
+    return [(title, ["", *systems], rows)]
+
+
+def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_style="bold", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _beside(results: Mapping[str, Any], tests: Sequence[str], width: int) -> list[list[str]]:

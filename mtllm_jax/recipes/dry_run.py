@@ -39,6 +39,7 @@ _ROWS_PER_LABEL = 100  # of a task's training rows, and of its development rows
 _DEV_TEXTS = 100  # of stage 1
 _ROWS_PER_LANGUAGE = 100  # tokenised, to count what the vocabularies lack
 _ANSWERED_PER_LANGUAGE = 2  # by each system
+_PROBED = 2  # lines of each language
 _SHOWN_TEXTS = 3
 _SHOWN_TOKENS = 24
 _NO_LIMIT = 1 << 20  # tokens
@@ -58,6 +59,9 @@ def dry_run(inputs: Inputs, console: Console) -> None:
         dev = first_of_each("label", inputs.task.dev, _ROWS_PER_LABEL)
         task = dataclasses.replace(inputs.task, train=rows, dev=dev)
         inputs = dataclasses.replace(inputs, task=task)
+    if inputs.bitext is not None:
+        pairs = {code: (a[:_PROBED], b[:_PROBED]) for code, (a, b) in inputs.bitext.pairs.items()}
+        inputs = dataclasses.replace(inputs, bitext=dataclasses.replace(inputs.bitext, pairs=pairs))
     with _passing_folder() as path:
         job = Job(small, RunFolder(path, to_dict(small)), console, inputs.mesh, small.seed)
         made = train(job, inputs)

@@ -1,5 +1,6 @@
 """What a run of MT-LLM reads: opened and checked at the door, before anything is written."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -16,7 +17,9 @@ from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.benchmarks import (
     STAND_INS,
     Benchmark,
+    Bitext,
     read_benchmark,
+    read_bitext,
     read_own,
     source_language,
 )
@@ -82,6 +85,7 @@ class Inputs:
     mesh: jax.sharding.Mesh
     task: Task | None
     adaptation_text: Texts | Prepared | None
+    bitext: Bitext | None = None  # of config.probe
 
 
 def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
@@ -153,7 +157,8 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
         _check_held_out(config, text)
     if task is not None and note:
         task = dataclasses.replace(task, notes=(*task.notes, note))
-    return Inputs(config=config, revisions=revisions, mesh=mesh, task=task, adaptation_text=text)
+    bitext = _read_bitext(config, readable) if config.probe.bitext else None
+    return Inputs(config, revisions, mesh, task, text, bitext)
 
 
 def revisions_of(run: str | os.PathLike[str]) -> dict[str, str]:
@@ -258,6 +263,21 @@ def _readable_rows(
     if left_out := [code for code in unknown if not source.languages]:
         notes = [f"Left out, as the encoder does not know them: {', '.join(left_out)}."]
     return [row for row in read.test if row["language"] in wanted], notes
+
+
+def _read_bitext(config: MTLLM, readable: Sequence[str]) -> Bitext:
+    """The languages of config.probe's that the encoder knows."""
+    source = config.probe
+    with naming("probe.data"):
+        read = read_bitext(source.bitext, source.data, limit=source.limit or None)
+        kept = {}
+        for code, lines in read.pairs.items():
+            with contextlib.suppress(ValueError):
+                source_language(code, readable)
+                kept[code] = lines
+        if not kept:
+            raise ValueError(f"{source.data} has no language that the encoder knows")
+    return dataclasses.replace(read, pairs=kept)
 
 
 def idle_fields(config: MTLLM, given: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from mtllm_jax.recipes.job import Job
 from mtllm_jax.recipes.prompting import template_of
 from mtllm_jax.recipes.systems import build_systems, train
 from mtllm_jax.report import write_report
-from mtllm_jax.results import results_table
+from mtllm_jax.results import probe_tables, results_table
 from mtllm_jax.runfolder import RunFolder, changed_since
 from mtllm_jax.schema import to_dict
 from mtllm_jax.tasks.task import Task
@@ -77,6 +77,8 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
         results["stage_2b"] = "labels"
     if not distributed.is_first():
         return
+    if made.probes is not None:
+        results["probes"] = made.probes
     results |= {"seconds": job.seconds, "time": job.time, "peak_memory_gb": job.peak_memory_gb}
     folder.write_json("results.json", results)
     titles = TRAINED_STAGES
@@ -87,7 +89,8 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
         for name, title in titles.items()
         if (folder.path / name / "metrics.jsonl").exists()
     }
-    write_report(folder.path, results, to_dict(config), curves, facts(job, made.task))
+    told = facts(job, made.task)
+    write_report(folder.path, results, to_dict(config), curves, told, probe_tables(results))
     console.print(results_table(results, folder.path, console.width))
 
 

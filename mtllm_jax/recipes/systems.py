@@ -43,6 +43,7 @@ from mtllm_jax.models.nllb import NLLB
 from mtllm_jax.recipes import llm2vec, mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
+from mtllm_jax.recipes.probes import retrieval
 from mtllm_jax.recipes.prompting import prompt_flops, prompted
 from mtllm_jax.runfolder import RunFolder, is_remote, scratch
 from mtllm_jax.tasks.task import Row, Task, texts_in, with_texts
@@ -74,6 +75,7 @@ class Made:
     task: Task
     english: Texts | Prepared | None  # texts of stage 1; None where it was done before
     tuned: Mapping[int, Tuned]  # by seed
+    probes: Mapping[str, Any] | None  # of `probes.retrieval`, where it is asked for
 
 
 def train(job: Job[MTLLM], inputs: Inputs) -> Made:
@@ -108,6 +110,8 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     else:
         adapted = stacking.general_adaptation(job, parts, english)
 
+    probed = None if inputs.bitext is None else retrieval(job, parts, adapted, inputs.bitext)
+
     def tuned(seed: int) -> Tuned:
         first = seed == config.task_seeds[0]
         seeded = dataclasses.replace(job, seed=seed) if first else job.of_seed(seed)
@@ -128,6 +132,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         task,
         english,
         {seed: tuned(seed) for seed in config.task_seeds},
+        probed,
     )
 
 
