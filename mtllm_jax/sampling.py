@@ -19,7 +19,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mtllm_jax import sharding
-from mtllm_jax.models.llama import Cache, Llama
+from mtllm_jax.models.cached import Cache, CachedLlama, apart
+from mtllm_jax.models.llama import Llama
 from mtllm_jax.ops.largest import argmax, top_k
 
 NOTHING = -1  # in the place of a token, behind the end of an answer
@@ -165,8 +166,8 @@ class Sampler:
         dtype: DTypeLike = jnp.float32,
     ):
         self.max_new_tokens, self.num_rows = max_new_tokens, num_rows
-        self._graph, state = nnx.split(model)
-        self._state = sharding.place(state, mesh)
+        graph, state = nnx.split(model)
+        self._graph, *self._states = apart(nnx.merge(graph, sharding.place(state, mesh)))
         self._stops_E = np.array(stop_ids, np.int32)
         self._sampling, self._dtype, self._mesh = sampling, dtype, mesh
         self._begin, self._go_on = _compiled_for(mesh)
@@ -193,7 +194,7 @@ class Sampler:
         batch = sharding.place_batch(
             {"prompt_ids": ids_BS, "lengths": lengths_B, "keys": keys_B2}, self._mesh
         )
-        model, rest = (self._graph, self._state), (batch["keys"], self._stops_E, self._sampling)
+        model, rest = (self._graph, *self._states), (batch["keys"], self._stops_E, self._sampling)
         answers = self._begin(*model, batch["prompt_ids"], batch["lengths"], *rest, self._dtype)
         room = _FIRST_ROOM
         while True:
@@ -221,7 +222,8 @@ def _compiled_for(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
 
 def _begin(
     graph: nnx.GraphDef,
-    state: nnx.State,
+    others: nnx.State,
+    each: list[nnx.State],
     ids_BS: Array,
     lengths_B: Array,
     keys_B2: Array,
@@ -230,8 +232,8 @@ def _begin(
     dtype: DTypeLike,
 ) -> _Answers:
     """The first token of each answer. Rows without a prompt only fill the batch."""
-    model = nnx.merge(graph, state)
-    h_BD, cache = model.prefill(ids_BS, lengths_B, dtype)
+    model = CachedLlama(graph, others, each)
+    logits_BV, cache = model.prefill(ids_BS, lengths_B, dtype)
     B, S = ids_BS.shape
     seen_BV = None
     if sampling.repetition_penalty != 1:
@@ -240,12 +242,13 @@ def _begin(
         seen_BV = none_BV.at[jnp.arange(B)[:, None], ids_BS].max(is_token_BS)
     nothing_BT = jnp.full((B, 1), NOTHING, jnp.int32)
     answers = _Answers(jnp.int32(0), nothing_BT, lengths_B == 0, seen_BV, cache)
-    return answers.with_next(_logits(model, h_BD), _keys(keys_B2), stops_E, sampling)
+    return answers.with_next(logits_BV, _keys(keys_B2), stops_E, sampling)
 
 
 def _go_on(
     graph: nnx.GraphDef,
-    state: nnx.State,
+    others: nnx.State,
+    each: list[nnx.State],
     answers: _Answers,
     keys_B2: Array,
     stops_E: Array,
@@ -254,7 +257,7 @@ def _go_on(
     num_tokens: int,
 ) -> _Answers:
     """The same with `num_tokens` each, or as many as all of them have in the end."""
-    model, keys_B = nnx.merge(graph, state), _keys(keys_B2)
+    model, keys_B = CachedLlama(graph, others, each), _keys(keys_B2)
 
     def runs(answers: _Answers) -> Array:
         return (answers.place < num_tokens) & ~jnp.all(answers.is_ended_B)
@@ -262,15 +265,12 @@ def _go_on(
     def one_token(answers: _Answers) -> _Answers:
         index = answers.place - 1
         last_B = jax.lax.dynamic_index_in_dim(answers.ids_BT, index, axis=1, keepdims=False)
-        h_BD, cache = model.step(jnp.maximum(last_B, 0), index, answers.cache, num_prompt_slots)
-        answers = answers._replace(cache=cache)
-        return answers.with_next(_logits(model, h_BD), keys_B, stops_E, sampling)
+        logits_BV, cache = model.step(
+            jnp.maximum(last_B, 0), index, answers.cache, num_prompt_slots
+        )
+        return answers._replace(cache=cache).with_next(logits_BV, keys_B, stops_E, sampling)
 
     return jax.lax.while_loop(runs, one_token, answers.with_room(num_tokens))
-
-
-def _logits(model: Llama, h_BD: Array) -> Array:
-    return model.logits(h_BD[:, None])[:, 0]
 
 
 def _keys(keys_B2: Array) -> Array:

@@ -1,15 +1,14 @@
 """Llama and its kin (Llama 2/3, Mistral, Qwen2, Qwen3): decoder-only LLMs, causal or bidirectional.
 
-B rows, T positions, D width, V vocabulary, L layers, N query heads, K key/value heads, G = N / K,
-H head width, F feed-forward width, S positions of prompts, C slots of a cache.
+B rows, T positions, D width, V vocabulary, L layers, N query heads, K key/value heads, H head
+width, F feed-forward width.
 
 Pre-norm layers of grouped-query attention with rotary positions and a SwiGLU feed-forward; the
 bidirectional reading of causal weights is LLM2Vec's (arXiv 2404.05961).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +20,12 @@ from mtllm_jax.models.layers import (
     REMAT_POLICIES,
     Linear,
     RMSNorm,
-    by_rows,
     look_up,
     param,
     positions_in_segment,
     scan_layers,
 )
 from mtllm_jax.ops.attention import attention, check_attention
-from mtllm_jax.ops.layout import constrain
 from mtllm_jax.ops.rope import RopeScaling, apply_rope, rope_frequencies, rope_gain
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -93,25 +90,6 @@ class LlamaConfig:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; allowed: {', '.join(REMAT_POLICIES)}")
         check_attention(self.attention, window=self.sliding_window, head_width=self.head_width)
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer, of prompts and of the tokens after them.
-
-    The first S of C slots hold a row's prompt, padded on the right, and slot S + n the n-th token
-    after it, in all rows alike. lengths_B: tokens of the prompts, int32.
-    """
-
-    k_LBKCH: Array
-    v_LBKCH: Array
-    lengths_B: Array
-
-    def with_room(self, num_slots: int) -> "Cache":
-        """The same with so many more slots."""
-        room = ((0, 0), (0, 0), (0, 0), (0, num_slots), (0, 0))
-        return self._replace(
-            k_LBKCH=jnp.pad(self.k_LBKCH, room), v_LBKCH=jnp.pad(self.v_LBKCH, room)
-        )
 
 
 class LlamaLayers(nnx.Module):
@@ -257,30 +235,6 @@ class LlamaLayers(nnx.Module):
             dropout_key=dropout_key,
         )
 
-    def prefill(
-        self, h_BSD: Array, segments_BS: Array, positions_BS: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """One layer at prompts, causally; also its keys and values, as a cache has them."""
-        q_BSNH, k_BSKH, v_BSKH = self.heads(self.attention_norm(h_BSD), positions_BS)
-        read_BSNH = self.read(q_BSNH, k_BSKH, v_BSKH, segments_BS, causal=True, packed=False)
-        h_BSD = h_BSD + self.o(read_BSNH.reshape(*h_BSD.shape[:2], -1))
-        of_prompt = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-        return h_BSD + self.feed_forward(self.ffn_norm(h_BSD)), of_prompt
-
-    def step(
-        self, h_B1D: Array, positions_B1: Array, is_read_BC: Array, k_BKCH: Array, v_BKCH: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """One layer at one token of each row; also its key and value, [B, K, 1, H].
-
-        is_read_BC: the slots of the layer's cache that it reads, beside its own key.
-        """
-        q_B1NH, k_B1KH, v_B1KH = self.heads(self.attention_norm(h_B1D), positions_B1)
-        k_BK1H, v_BK1H = k_B1KH.swapaxes(1, 2), v_B1KH.swapaxes(1, 2)
-        q_BKGH = q_B1NH.reshape(*k_BK1H.shape[:2], -1, self.config.head_width)
-        read_BKGH = _read_past(q_BKGH, k_BK1H, v_BK1H, is_read_BC, k_BKCH, v_BKCH)
-        h_B1D = h_B1D + self.o(read_BKGH.reshape(*h_B1D.shape[:2], -1))
-        return h_B1D + self.feed_forward(self.ffn_norm(h_B1D)), (k_BK1H, v_BK1H)
-
     def feed_forward(self, x_BTD: Array, keys: Sequence[Array | None] = (None,) * 3) -> Array:
         """SwiGLU, [B, T, D]. keys: dropout of gate, up, down."""
         gated_BTF = jax.nn.silu(self.gate(x_BTD, keys[0])) * self.up(x_BTD, keys[1])
@@ -363,66 +317,6 @@ class Llama(nnx.Module):
         )
         return self.norm(h_BTD)
 
-    def prefill(
-        self, ids_BS: Array, lengths_B: Array, dtype: DTypeLike = jnp.float32
-    ) -> tuple[Array, Cache]:
-        """Prompts, padded on the right → the states after the final norm at their last tokens,
-        [B, D], and their cache, which has no room yet."""
-        places_S = jnp.arange(ids_BS.shape[1], dtype=jnp.int32)
-        segments_BS = (places_S[None] < lengths_B[:, None]).astype(jnp.int32)
-        positions_BS = jnp.broadcast_to(places_S[None], ids_BS.shape)
-
-        def one_layer(layers: LlamaLayers, h_BSD: Array) -> tuple[Array, tuple[Array, Array]]:
-            return layers.prefill(h_BSD, segments_BS, positions_BS)
-
-        h_BSD, (k_LBKSH, v_LBKSH) = self._scan_cached(one_layer, self.embed(ids_BS, dtype))
-        last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
-        h_BD = jnp.take_along_axis(h_BSD, last_B11, axis=1)[:, 0]
-        return self.norm(h_BD), Cache(_laid(k_LBKSH), _laid(v_LBKSH), lengths_B)
-
-    def step(
-        self, ids_B: Array, index: Array | int, cache: Cache, num_prompt_slots: int
-    ) -> tuple[Array, Cache]:
-        """The states after the final norm [B, D] at token number `index` (from 0) after the
-        prompts, which have the first S = `num_prompt_slots` of the cache; also the cache with it.
-        """
-        lengths_B1 = cache.lengths_B[:, None]
-        slots_1C = jnp.arange(cache.k_LBKCH.shape[3], dtype=jnp.int32)[None]
-        behind_1C = slots_1C - num_prompt_slots  # the number of a token after the prompt
-        is_read_BC = (slots_1C < lengths_B1) | ((behind_1C >= 0) & (behind_1C < index))
-        positions_B1 = lengths_B1 + index
-        if (window := self.config.sliding_window) is not None:
-            positions_BC = jnp.where(behind_1C >= 0, lengths_B1 + behind_1C, slots_1C)
-            is_read_BC &= positions_B1 - positions_BC < window
-
-        def one_layer(
-            layers: LlamaLayers, h_B1D: Array, k_BKCH: Array, v_BKCH: Array
-        ) -> tuple[Array, tuple[Array, Array]]:
-            return layers.step(h_B1D, positions_B1, is_read_BC, k_BKCH, v_BKCH)
-
-        h_B1D = self.embed(ids_B[:, None], cache.k_LBKCH.dtype)
-        # Layers read the cache and give back one token's keys and values, written once for all:
-        # handing whole caches through the scan would copy them at every token.
-        h_B1D, of_token = self._scan_cached(one_layer, h_B1D, cache.k_LBKCH, cache.v_LBKCH)
-        k_LBKCH, v_LBKCH = (
-            _laid(jax.lax.dynamic_update_slice_in_dim(whole, new, num_prompt_slots + index, axis=3))
-            for whole, new in zip(cache[:2], of_token, strict=True)
-        )
-        return self.norm(h_B1D[:, 0]), cache._replace(k_LBKCH=k_LBKCH, v_LBKCH=v_LBKCH)
-
-    def _scan_cached(
-        self, one_layer: Callable[..., tuple[Array, Any]], h: Array, *of_layers: Array
-    ) -> tuple[Array, Any]:
-        """`h, more = one_layer(layer, h, *its part of each array)` for each; all of `more`."""
-        graph, state = nnx.split(self.layers)
-
-        def one(h: Array, layer: tuple[Any, ...]) -> tuple[Array, Any]:
-            h, more = one_layer(nnx.merge(graph, layer[0]), by_rows(h), *layer[1:])
-            return by_rows(h), more
-
-        unroll = self.config.num_layers if self.config.unroll_layers else 1
-        return jax.lax.scan(one, by_rows(h), (state, *of_layers), unroll=unroll)
-
     def output_kernel(self) -> Array:
         """[V, D]: the embedding itself when tied, else the output's own."""
         return self.embedding[...] if self.output is None else self.output[...]
@@ -436,25 +330,6 @@ class Llama(nnx.Module):
 def _heads(x_BTI: Array, num_heads: int) -> Array:
     """[B, T, N · H] → [B, T, N, H]."""
     return x_BTI.reshape(*x_BTI.shape[:2], num_heads, -1)
-
-
-def _laid(x_LBKCH: Array) -> Array:
-    """A cache, laid over the mesh by rows and heads."""
-    return constrain(x_LBKCH, "layers", "rows", "heads", "features", "features")
-
-
-def _read_past(
-    q_BKGH: Array, k_BK1H: Array, v_BK1H: Array, is_read_BC: Array, k_BKCH: Array, v_BKCH: Array
-) -> Array:
-    """What each query reads from a cache and from its own token. [B, K, G, H]."""
-    q_BKGH = q_BKGH * jnp.asarray(q_BKGH.shape[-1] ** -0.5, q_BKGH.dtype)
-    past_BKGC = jnp.einsum("bkgh,bkch->bkgc", q_BKGH, k_BKCH, preferred_element_type=jnp.float32)
-    past_BKGC = jnp.where(is_read_BC[:, None, None], past_BKGC, -jnp.inf)
-    own_BKG1 = jnp.sum(q_BKGH * k_BK1H, axis=-1, dtype=jnp.float32, keepdims=True)
-    weights_BKGC = jax.nn.softmax(jnp.concatenate([past_BKGC, own_BKG1], axis=-1))
-    weights_BKGC = weights_BKGC.astype(v_BKCH.dtype)
-    read_BKGH = jnp.einsum("bkgc,bkch->bkgh", weights_BKGC[..., :-1], v_BKCH)
-    return read_BKGH + weights_BKGC[..., -1:] * v_BK1H
 
 
 def _fan_in_normal(gain: float) -> nnx.Initializer:
