@@ -81,7 +81,7 @@ def environment() -> dict[str, str]:
     return kept | hurry | {"PYTHONPATH": str(ROOT)}
 
 
-def train(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def train(*arguments: str, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """launch/train.py with these arguments, run to its end."""
     return subprocess.run(
         [sys.executable, ROOT / "launch" / "train.py", *arguments],
