@@ -25,7 +25,8 @@ _BEAMS = flags.DEFINE_integer("num_beams", 4, "hypotheses that are searched over
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 512, "tokens of a sentence")
 _MAX_NEW = flags.DEFINE_integer("max_new_tokens", 512, "tokens of its translation")
 _BATCH_ROWS = flags.DEFINE_integer("batch_rows", 64, "sentences translated at a time")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and products")
+_FSDP = flags.DEFINE_integer("fsdp", 1, "devices that each copy of the weights is cut over")
 
 
 def main() -> None:
@@ -65,6 +66,7 @@ def main() -> None:
             num_beams=_BEAMS.value,
             batch_rows=_BATCH_ROWS.value,
             dtype=_DTYPE.value,
+            fsdp=_FSDP.value,
         ),
         console=Console(),
     )

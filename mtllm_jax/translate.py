@@ -60,7 +60,8 @@ class Decoding:
     max_new_tokens: int = 512
     num_beams: int = 4  # 1 = greedy
     batch_rows: int = 64  # sentences in one pass, rounded up to what the devices can share
-    dtype: str = "float32"  # that is computed in
+    dtype: str = "float32"  # of weights and computation
+    fsdp: int = 1  # devices that each copy of the weights is cut over
 
 
 def translate(
@@ -103,8 +104,8 @@ def translate(
         "targets": list(targets),
         "columns": list(columns),
         "filters": dataclasses.asdict(filters),
-        # How many are translated at a time is no matter.
-        "decoding": dataclasses.asdict(decoding) | {"batch_rows": None},
+        # How many are translated at a time, and where, is no matter.
+        "decoding": dataclasses.asdict(decoding) | {"batch_rows": None, "fsdp": None},
     }
     parts = Parts(parts_of(target_file), settings)
     translator = open_translator(folder, tokenizer, source, decoding)
@@ -218,7 +219,7 @@ def open_translator(
     for name in ("max_length", "max_new_tokens", "num_beams", "batch_rows"):
         if (value := getattr(decoding, name)) < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1.")
-    mesh = mesh_of(1)
+    mesh = mesh_of(decoding.fsdp)
     model = load_nllb(folder, mesh=mesh, dtype=decoding.dtype)
     return _Model(model, tokenizer, source, decoding, mesh)
 
@@ -307,9 +308,10 @@ def _write_out(
                     out.reject(entry, entry.problem)
                     continue
                 out.answered += 1
+                row_id = entry.cells.get("id")
+                named = {"id": str(entry.line) if row_id in (None, "") else row_id}
                 for code, answer in zip(targets, next(answers), strict=True):
-                    row = {"id": str(entry.line), **entry.cells, **answer["cells"]}
-                    row["language"] = code
+                    row = {**entry.cells, **named, **answer["cells"], "language": code}
                     count = counts[code]
                     if reason := answer["reason"]:
                         count["dropped"][reason] += 1

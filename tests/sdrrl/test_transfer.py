@@ -25,8 +25,10 @@ from mtllm_jax.data.transfer.rows import (
     answer_filter,
     read_rows,
     read_translations,
+    rewriting_prompts,
     same_text,
     similar,
+    with_rewritten,
 )
 
 ENG, DEU, LIN = "eng_Latn", "deu_Latn", "lin_Latn"
@@ -158,7 +160,12 @@ def test_what_is_drawn_follows_the_seed_and_not_the_rows_beside_it():
 
 
 def test_each_baseline_is_the_kinds_that_it_is_known_for():
-    rows = [dataclasses.replace(r, texts={**r.texts, "rewritten": f"anew {r.id}"}) for r in ROWS]
+    asked = rewriting_prompts(ROWS)
+    assert ROWS[1].texts["prompt"] in asked[1]["prompt"]
+    assert ROWS[1].texts["reference"] in asked[1]["prompt"]
+    answers = [Row(row["id"], {"answer": f"anew {row['id']}"}) for row in asked]
+    rows = with_rewritten(ROWS, answers)
+    assert with_rewritten(ROWS, answers[1:])[0] == ROWS[0]
     inputs = dataclasses.replace(INPUTS, rows=rows)
     kinds = {
         baselines.sft: {"LL"},
@@ -462,7 +469,7 @@ def test_rows_and_translations_are_read_and_what_fails_is_a_reject(tmp_path):
         ({}, {"parallel": {}}, "translation is 1.0, and there are no parallel sentences in deu"),
         ({}, {"rows": ()}, "there are no rows of instructions"),
         ({"answers": "rewritten"}, {}, "no row has a text 'rewritten'"),
-        ({"answer_filter": "exact"}, {}, "'exact', and no filter was given"),
+        ({"answer_filter": "exact"}, {}, "'exact', and none was given"),
         (
             {"targets": ("deu",)},
             {},

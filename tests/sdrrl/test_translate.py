@@ -115,7 +115,7 @@ def test_the_language_is_told_of_known_ones_and_long_texts_alone():
 
 ROWS = [
     {"id": "a", "text": "The house is big.", "note": 1},
-    {"text": "The house\r\n1. is red.", "note": {"x": None}},
+    {"id": None, "text": "The house\r\n1. is red.", "note": {"x": None}},
     {"id": 7, "text": " "},
     {"id": "c", "text": "nothing"},
     {"text": "The big `house`", "language": "deu_Latn"},

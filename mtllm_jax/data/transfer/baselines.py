@@ -10,12 +10,6 @@ _NONE = {
 }  # fmt: skip
 PARTS = ("own_answers", *_NONE)
 
-# How a model is asked for a reference in its own words (SDFT). [ours]
-REWRITING_PROMPT = (
-    "{prompt}\n\nA correct answer is given below. Answer the instruction in your own words,"
-    " saying the same.\n\n{reference}"
-)
-
 
 def sdrrl(source: str, targets: tuple[str, ...], seed: int = 0) -> TransferSet:
     """All parts, from the model's own answers."""

@@ -122,10 +122,9 @@ def _check_inputs(config: TransferSet, inputs: Inputs) -> None:
             raise ValueError(
                 f"no row has a text {config.answers!r}, which config.transfer.answers names."
             )
-    if config.answer_filter != "none" and inputs.answer_filter is None:
-        raise ValueError(
-            f"config.transfer.answer_filter is {config.answer_filter!r}, and no filter was given."
-        )
+    if (config.answer_filter == "none") != (inputs.answer_filter is None):
+        given = "none was given" if inputs.answer_filter is None else "one was given"
+        raise ValueError(f"config.transfer.answer_filter is {config.answer_filter!r}, and {given}.")
     for target in config.targets:
         if weights["switched"]:
             for pair in _directions(config, target):
@@ -374,7 +373,6 @@ def _made_from(config: TransferSet, inputs: Inputs) -> dict[str, Any]:
         "lexicons": lexicons,
         "parallel": parallel,
         "held_out": inputs.held_out.digest(),
-        "answer_filter": config.answer_filter,
         "model": inputs.model,
         "translator": inputs.translator,
     }

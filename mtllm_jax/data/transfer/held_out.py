@@ -1,6 +1,7 @@
 """Texts of evaluations, so that none of them is trained on."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -17,10 +18,15 @@ _ENDINGS = (".py", ".sh", ".md", ".bleu", ".comet", ".gz", ".zip", ".arrayrecord
 
 class HeldOut:
     """A set of texts. Two are the same that differ in case, blanks, punctuation or Unicode's forms
-    (NFKC) alone."""
+    (NFKC) alone.
+
+    holds: whether a text is held out, or a line of it that is long enough to tell.
+    """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self._digests = {_digest(form) for text in texts if (form := normalised(text))}
+        # A row's texts are asked for again with each target.
+        self.holds = functools.lru_cache(4096)(self._holds)
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -29,8 +35,9 @@ class HeldOut:
         """Another one for other texts."""
         return hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()[:16]
 
-    def holds(self, text: str) -> bool:
-        """Whether the text is held out, or a line of it that is long enough to tell."""
+    def _holds(self, text: str) -> bool:
+        if not self._digests:
+            return False
         whole = normalised(text)
         if whole and _digest(whole) in self._digests:
             return True
@@ -43,8 +50,18 @@ class HeldOut:
 def normalised(text: str) -> str:
     """Letters, marks and digits in lower case, one blank in the place of all between them."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded)
-    return " ".join(kept.split())
+    return " ".join(folded.translate(_BLANKS).split())
+
+
+class _Blanks(dict[int, int]):
+    """For `str.translate`: a blank for each character that is no letter, mark or digit."""
+
+    def __missing__(self, code: int) -> int:
+        self[code] = code if unicodedata.category(chr(code))[0] in "LMN" else ord(" ")
+        return self[code]
+
+
+_BLANKS = _Blanks()
 
 
 def _digest(form: str) -> bytes:

@@ -19,6 +19,10 @@ from mtllm_jax.data.transfer.held_out import normalised
 from mtllm_jax.languages import check_language
 
 ANSWERS = ("answer", "reference", "rewritten")
+REWRITING_PROMPT = (  # [ours]
+    "{prompt}\n\nA correct answer is given below. Answer in your own words, saying the same.\n\n"
+    "{reference}"
+)
 
 # Own answers and their references → whether each answer is kept.
 AnswerFilter = Callable[[Sequence[str], Sequence[str]], list[bool]]
@@ -60,12 +64,10 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> tuple[list[Row], list
             check_columns(cells, wanted, formats.header_at(path))
         try:
             id_ = _id(cells, line)
-            texts = _texts(cells, wanted)
+            there = [name for name in ANSWERS if str(cells.get(name) or "").strip()]
+            texts = _texts(cells, [*wanted, *there])
             if "answer" in columns and cells.get("ended") is False:
                 raise ValueError("the answer was cut before its end")
-            texts |= _texts(
-                {n: t for n, t in cells.items() if t}, [n for n in ANSWERS if cells.get(n)]
-            )
             if id_ in rows:
                 raise ValueError(f"the id {id_!r} was there before")
             rows[id_] = Row(id_, texts)
@@ -131,6 +133,22 @@ def _text(cells: Mapping[str, Any], name: str) -> str:
 
 
 # ---------------------------------------------------------------- answers
+
+
+def rewriting_prompts(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Rows for `launch/generate.py`, which ask for each reference in the model's words (SDFT)."""
+    return [{"id": row.id, "prompt": REWRITING_PROMPT.format(**row.texts)} for row in rows]
+
+
+def with_rewritten(rows: Sequence[Row], answers: Sequence[Row]) -> list[Row]:
+    """The rows with what was answered to `rewriting_prompts`; those without it as they are."""
+    found = {row.id: row.texts["answer"] for row in answers}
+    return [
+        dataclasses.replace(row, texts={**row.texts, "rewritten": found[row.id]})
+        if row.id in found
+        else row
+        for row in rows
+    ]
 
 
 def answer_filter(config: TransferSet, embed: Embed | None = None) -> AnswerFilter | None:
