@@ -104,7 +104,9 @@ def mini() -> c.MTLLM:
             noise_text=0.4,
         ),
         mt_encoder=c.Training(steps=300, batch_rows=8, learning_rate=2e-3, source_length=64),
-        evaluation=c.Evaluation(split="test", batch_rows=256, max_length=128, max_new_tokens=24),
+        evaluation=c.Evaluation(
+            split="test", batch_rows=256, max_length=128, max_new_tokens=24, systems=c.SYSTEMS
+        ),
         mesh=c.Mesh(),
         compute_dtype="float32",
         frozen_dtype="float32",

@@ -534,6 +534,7 @@ SYSTEMS = (
     "llm_zero_shot",
     "mt_encoder",
     "translate_test",
+    "translate_train",
     "llm_prompted",
     "encoder_linear",
 )
@@ -552,7 +553,8 @@ class Evaluation:
     # into bytes make it many times as slow as the stack.
     llm_languages: tuple[str, ...] = ()
     # Those that are compared, where they can be; what none of them needs is not trained.
-    systems: tuple[str, ...] = SYSTEMS
+    # translate_train, for which the LLM is trained on the task once more, is to be asked for.
+    systems: tuple[str, ...] = tuple(name for name in SYSTEMS if name != "translate_train")
     # What llm_prompted reads: a text with the names of columns in braces, and {labels}; "" = the
     # task's own, or that of its kind (tasks/prompt.py).
     prompt: str = ""

@@ -219,7 +219,7 @@ def translate(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     source_language: str | Sequence[str],
-    target_language: str,
+    target_language: str | Sequence[str],
     *,
     max_length: int,
     max_new_tokens: int,
@@ -228,7 +228,7 @@ def translate(
     batch_size: int = 256,
     dtype: DTypeLike = jnp.float32,
 ) -> list[str]:
-    """Translations of `texts`, in their order. source_language: one code, or one per text.
+    """Translations of `texts`, in their order. Both languages: one code, or one per text.
 
     max_length: tokens of a source text, the language and `</s>` among them; longer ones are cut.
     num_beams: hypotheses that are searched over (`beam_translate`); 1 = greedy.
@@ -243,16 +243,19 @@ def translate(
     state = sharding.place(state, mesh)
     translated = _translated_on(mesh)
     limits = max_new_tokens, num_beams, dtype
-    language_id = tokenizer.language_id(target_language)
+    codes = [target_language] * len(texts) if isinstance(target_language, str) else target_language
+    language_ids = np.array([tokenizer.language_id(code) for code in codes], np.int32)
     encoded = tokenizer.encode(texts, source_language, max_length=max_length)
     pending = []
     for places in by_length([len(ids) for ids in encoded], batch_size):
         chosen = [encoded[i] for i in places]
         size = min(batch_size, sharding.rows_for(len(encoded), mesh))
-        batch = sharding.place_batch(padded(chosen, "text", tokenizer.pad_id, rows=size), mesh)
-        text = batch["text_ids"], batch["text_segments"]
+        rows_here = padded(chosen, "text", tokenizer.pad_id, rows=size)
+        rows_here["into"] = np.resize(language_ids[places], size)
+        batch = sharding.place_batch(rows_here, mesh)
+        text = batch["text_ids"], batch["text_segments"], batch["into"]
         # Dispatch does not wait: the next batch is padded while this one is translated.
-        pending.append((places, translated(graph, state, *text, language_id, *limits)))
+        pending.append((places, translated(graph, state, *text, *limits)))
     rows: list[np.ndarray] = [np.empty(0)] * len(encoded)
     for places, ids_BT in pending:
         # The last batch may have filler rows.

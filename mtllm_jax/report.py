@@ -48,6 +48,8 @@ SYSTEM_NOTES = {
     "English.",
     "translate_test": "The MT model first translates into English, token by token; the LLM, tuned "
     "for the task on English, reads the translation.",
+    "translate_train": "The LLM, tuned for the task on English rows that the MT model translated, "
+    "each into one of the languages, reads the foreign text.",
     "llm_prompted": "The LLM as it is, trained on no label: the answer is the label, or the "
     "choice, that is likeliest to go on from a prompt with the foreign text.",
 }
@@ -59,6 +61,7 @@ SYSTEM_COLOURS = {
     "mt_encoder": "#e69f00",
     "encoder_linear": "#cc79a7",
     "translate_test": "#009e73",
+    "translate_train": "#56b4e9",
     "llm_prompted": "#d55e00",
 }
 OTHER_COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#8f6bbd", "#a8642a")

@@ -19,6 +19,7 @@ SYSTEM_NAMES = {
     "mt_encoder": "MT encoder + head",
     "encoder_linear": "Frozen encoder, linear",
     "translate_test": "Translate-test",
+    "translate_train": "Translate-train",
     "llm_prompted": "LLM prompted",
 }
 # Above the columns of a terminal's table: words that are short.

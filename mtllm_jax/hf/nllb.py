@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mtllm_jax.hf.files import Files
 from mtllm_jax.hf.folder import (
     Tensors,
     check_tied,
@@ -127,10 +128,18 @@ def _to_fill(
     return module, tensors, table, options
 
 
+def into_one_language(folder: str | os.PathLike) -> bool:
+    """Whether a folder's model is one that translates into a single language, as its
+    generation_config.json says by the token that it forces."""
+    files, name = Files(folder), "generation_config.json"
+    return files.has(name) and files.read_json(name).get("forced_bos_token_id") is not None
+
+
 def save_nllb(
     model: NLLB,
     folder: str | os.PathLike,
     *,
+    into: int | None = None,
     tokenizer_files_from: str | os.PathLike | None = None,
     replace: bool = False,
     dtype: DTypeLike | None = None,
@@ -138,8 +147,9 @@ def save_nllb(
 ) -> None:
     """A folder that transformers loads. See `write_folder`.
 
-    dtype: of the tensors; None = that of each parameter. ValueError for an encoder alone: the
-    format has a decoder.
+    into: the token of the one language that it translates into, if it is one. dtype: of the
+    tensors; None = that of each parameter. ValueError for an encoder alone: the format has a
+    decoder.
     """
     if not model.config.decoder_layers:
         raise ValueError(f"{folder}: an encoder alone is no M2M100 folder; load its decoder too")
@@ -150,7 +160,8 @@ def save_nllb(
         folder,
         config,
         export_tensors(model, key_table(model.config), dtype=dtype),
-        generation_config={name: config[name] for name in special},
+        generation_config={name: config[name] for name in special}
+        | ({} if into is None else {"forced_bos_token_id": into}),
         tokenizer_files_from=tokenizer_files_from,
         progress=progress,
         replace=replace,

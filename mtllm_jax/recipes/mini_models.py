@@ -108,7 +108,8 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> str:
         )
         model = nnx.merge(graph, fixed, trained)
         with made_locally(folder, "config.json") as new:
-            save_nllb(model, new, tokenizer_files_from=tokenizer_folder)
+            into = tokenizer.language_id(job.config.english)
+            save_nllb(model, new, into=into, tokenizer_files_from=tokenizer_folder)
     return folder
 
 

@@ -44,6 +44,7 @@ TRAINED_STAGES = {
     "teacher": "stage 2a, teacher",
     "distillation": "stage 2b, task distillation",
     "mt_encoder": "MT encoder + head",
+    "translate_train": "translate-train",
 }
 
 

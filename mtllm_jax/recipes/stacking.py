@@ -448,15 +448,41 @@ def _classified(logits: Array, batch: dict[str, Array], num_choices: int) -> Ter
 
 def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
     """Stage 2a: fine-tune the LLM and a head on the task in English."""
-    config, seed = job.config, job.stage_seed("teacher")
+    title = "stage 2a, the task's English teacher"
+    return _tuned_llm(job, parts, task, lambda _: task.train, "teacher", title, "stage 2a")
+
+
+def translate_train_baseline(
+    job: Job[MTLLM], parts: Parts, task: Task, translated: Callable[[epath.Path], Sequence[Row]]
+) -> LLMClassifier:
+    """Fine-tune the LLM and a head as stage 2a does, on translations of its English rows.
+
+    translated: makes them, and may keep what it needs to go on in a folder of the stage's.
+    """
+    title = "baseline, the LLM on translated rows"
+    return _tuned_llm(job, parts, task, translated, "translate_train", title, "translate-train")
+
+
+def _tuned_llm(
+    job: Job[MTLLM],
+    parts: Parts,
+    task: Task,
+    rows_in: Callable[[epath.Path], Sequence[Row]],
+    name: str,
+    title: str,
+    shown: str,
+) -> LLMClassifier:
+    """rows_in: the stage's folder → the rows to train on, asked for where the stage is not done."""
+    config, seed = job.config, job.stage_seed(name)
     training = config.teacher
-    with job.stage("teacher", "stage 2a, the task's English teacher") as stage:
+    with job.stage(name, title) as stage:
         model = new_teacher(config, parts, task.num_outputs, seed)
         graph, trainable, frozen = split(model, is_trained(of_teacher(config)))
-        read = functools.cache(lambda: _target_rows(parts, task, task.train, training))
+        rows = functools.cache(lambda: rows_in(stage.path))
+        read = functools.cache(lambda: _target_rows(parts, task, rows(), training))
         trained = fit(
             stage,
-            "stage 2a",
+            shown,
             training,
             objective=teacher_objective(config, graph, task.num_choices),
             trainable=trainable,
@@ -466,7 +492,7 @@ def task_teacher(job: Job[MTLLM], parts: Parts, task: Task) -> LLMClassifier:
             seed=seed,
             console=job.console,
             watch=job.watch,
-            add=lambda: read().beside({"label": task.label_ids(task.train)}),
+            add=lambda: read().beside({"label": task.label_ids(rows())}),
             dev=lambda: _target_rows(parts, task, task.dev, training).data(
                 {"label": task.label_ids(task.dev)}
             ),

@@ -4,15 +4,14 @@ D width, C classes.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -26,33 +25,36 @@ from mtllm_jax.data.babel_tfds import TextDataset, build_text
 from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.prepared import Prepared
 from mtllm_jax.data.texts import Texts, texts_of
-from mtllm_jax.data.tokenise import Marked, TranslationTokenizer, translation_tokenizer
-from mtllm_jax.decode import translate
+from mtllm_jax.data.tokenise import Marked, translation_tokenizer
 from mtllm_jax.evaluation import Predict, System
-from mtllm_jax.example_flops import reading_flops, stack_flops, translation_flops
+from mtllm_jax.example_flops import reading_flops, stack_flops
 from mtllm_jax.hf.encoder import has_decoder
 from mtllm_jax.hf.files import local_files
-from mtllm_jax.hf.nllb import load_nllb
+from mtllm_jax.hf.nllb import into_one_language
 from mtllm_jax.hf.peft import load_merged
 from mtllm_jax.hf.stack import is_stack
 from mtllm_jax.inference import Vectors
 from mtllm_jax.languages import ENGLISH
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import Llama
-from mtllm_jax.models.nllb import NLLB
 from mtllm_jax.recipes import llm2vec, mini_models, stacking
 from mtllm_jax.recipes.inputs import Inputs
 from mtllm_jax.recipes.job import Job, stage_seed
 from mtllm_jax.recipes.probes import retrieval
 from mtllm_jax.recipes.prompting import prompt_flops, prompted
+from mtllm_jax.recipes.translating import (
+    Translate,
+    drawn_languages,
+    in_english,
+    out_of_english,
+    remembered,
+    translator,
+)
 from mtllm_jax.runfolder import RunFolder, is_remote, scratch
-from mtllm_jax.tasks.task import Row, Task, texts_in, with_texts
+from mtllm_jax.tasks.task import Row, Task, texts_in
 
 _LINEAR_ROWS = 20_000  # training rows that the linear baseline is fitted on, at most
 _LINEAR_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse, of its regularisation
-
-# Texts, and the language of each → the texts in English.
-Translate = Callable[[Sequence[str], Sequence[str]], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Tuned:
 
     teacher: stacking.LLMClassifier
     student: stacking.StackClassifier
-    mt_encoder: stacking.EncoderClassifier | None  # None where it is not asked for
+    # None where they are not asked for, or cannot be.
+    mt_encoder: stacking.EncoderClassifier | None
+    translate_train: stacking.LLMClassifier | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
             "Translate-test is left out: config.encoder cannot translate, and config.translator,"
             " which names an NLLB model that can, is empty."
         )
+    targets = () if "translate_train" not in wanted else _targets(job, translator_folder, task)
     for note in task.notes:
         job.console.print(note)
     adapters = llm2vec.prepared_llm(job, llm_folder, english)
@@ -122,7 +127,11 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
             student = stacking.task_distillation(seeded, parts, task, adapted, teacher)
         alone = "mt_encoder" in wanted
         by_encoder = stacking.mt_encoder_baseline(seeded, parts, task) if alone else None
-        return Tuned(teacher, student, by_encoder)
+        on_translated = None
+        if targets:
+            made = partial(_translated_rows, seeded, translator_folder, task, targets)
+            on_translated = stacking.translate_train_baseline(seeded, parts, task, made)
+        return Tuned(teacher, student, by_encoder, on_translated)
 
     return Made(
         translator_folder if translates else None,
@@ -134,6 +143,38 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         {seed: tuned(seed) for seed in config.task_seeds},
         probed,
     )
+
+
+def _targets(job: Job[MTLLM], translator_folder: str, task: Task) -> tuple[str, ...]:
+    """The evaluated languages that the training rows are translated into; () where it cannot be,
+    and a line says why."""
+    why = "config.translator, which names an NLLB model that can, is empty"
+    if not has_decoder(translator_folder):
+        job.console.print(f"Translate-train is left out: the encoder cannot translate, and {why}.")
+        return ()
+    if into_one_language(translator_folder):
+        told = f"{translator_folder} translates into one language alone"
+        job.console.print(f"Translate-train is left out: {told}, and not out of English.")
+        return ()
+    english, tests = job.config.english, task.tests.values()
+    evaluated = dict.fromkeys(row["language"] for rows in tests for row in rows)
+    known = translation_tokenizer(local_files(translator_folder)).languages
+    targets = []
+    for code in evaluated:
+        with contextlib.suppress(ValueError):
+            source_language(code, known)
+            targets.append(code)
+    return tuple(code for code in targets if code != english)
+
+
+def _translated_rows(
+    job: Job[MTLLM], translator_folder: str, task: Task, targets: Sequence[str], stage: epath.Path
+) -> list[Row]:
+    """The training rows, each in one of the languages."""
+    languages = drawn_languages(len(task.train), targets, job.stage_seed("translate_train"))
+    english = [{**row, "language": job.config.english} for row in task.train]
+    open_model = functools.cache(lambda: translator(job.config, translator_folder, job.mesh))
+    return out_of_english(english, languages, open_model, stage / "translations", job.console)
 
 
 def embedded_text(job: Job[MTLLM]) -> TextDataset:
@@ -260,7 +301,8 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
 
     def of_seed(seed: int) -> dict[str, System]:
         tuned = made.tuned[seed]
-        by_stack, by_llm, by_encoder = _readers(job, made.parts, task, tuned)
+        by_stack, by_encoder = _readers(job, made.parts, task, tuned)
+        by_llm = _llm_reader(job, made.parts, task, tuned.teacher)
         systems: dict[str, System] = {}
 
         def of_stack(rows: Sequence[Row]) -> float:
@@ -268,6 +310,10 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
 
         def of_llm(rows: Sequence[Row]) -> float:
             return _summed(target, rows, partial(reading_flops, tuned.teacher.llm))
+
+        def of_translate_train(rows: Sequence[Row]) -> float:
+            assert tuned.translate_train is not None
+            return _summed(target, rows, partial(reading_flops, tuned.translate_train.llm))
 
         def of_encoder(rows: Sequence[Row]) -> float:
             assert tuned.mt_encoder is not None
@@ -298,6 +344,11 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
             cold = by_translating(translation)
             warm = by_translating(remembering)
             systems["translate_test"] = System(warm, cold, flops=of_translating)
+        if tuned.translate_train is not None:
+            by_translated = _llm_reader(job, made.parts, task, tuned.translate_train)
+            systems["translate_train"] = System(
+                by_translated, by_translated, read_by_llm, flops=of_translate_train
+            )
         systems |= fixed
         return {name: systems[name] for name in SYSTEMS if name in wanted and name in systems}
 
@@ -357,38 +408,21 @@ def linear_baseline(job: Job[MTLLM], parts: stacking.Parts, task: Task) -> Predi
     return lambda rows: [str(label) for label in fitted().predict(vectors(rows))]
 
 
-def in_english(rows: Sequence[Row], english: str, translate: Translate) -> list[Row]:
-    """The rows with translations in the place of texts that are not in English; one that is
-    translated by nothing stays as it is."""
-    foreign = [row for row in rows if row["language"] != english]
-    texts = [(text, row["language"]) for row in foreign for text in texts_in(row)]
-    made = translate([text for text, _ in texts], [code for _, code in texts])
-    translated = (new if new.strip() else old for new, (old, _) in zip(made, texts, strict=True))
-    return [
-        row
-        if row["language"] == english
-        else with_texts(row, list(itertools.islice(translated, len(texts_in(row)))))
-        for row in rows
-    ]
-
-
-def remembered(translate: Translate) -> Translate:
-    """The same, which translates no text twice."""
-    known: dict[tuple[str, str], str] = {}
-
-    def translated(texts: Sequence[str], languages: Sequence[str]) -> list[str]:
-        keys = list(zip(texts, languages, strict=True))
-        if fresh := list(dict.fromkeys(key for key in keys if key not in known)):
-            known.update(zip(fresh, translate(*zip(*fresh, strict=True)), strict=True))
-        return [known[key] for key in keys]
-
-    return translated
+def _llm_reader(
+    job: Job[MTLLM], parts: stacking.Parts, task: Task, tuned: stacking.LLMClassifier
+) -> Predict:
+    """Rows → labels, by an LLM that reads them in its own tokens."""
+    limits = job.config.evaluation
+    forward = stacking.llm_forward(job.config, tuned, task.num_choices)
+    run = Vectors(*forward, pad_id=parts.target.pad_id, batch_rows=limits.batch_rows, mesh=job.mesh)
+    labels = labels_by(run, tuned.head, task)
+    return lambda rows: labels(stacking.target_tokens(parts.target, rows, limits.max_length))
 
 
 def _readers(
     job: Job[MTLLM], parts: stacking.Parts, task: Task, tuned: Tuned
-) -> tuple[Predict, Predict, Predict | None]:
-    """Rows → labels, by the stack, by the task's teacher and, if tuned, by the MT encoder."""
+) -> tuple[Predict, Predict | None]:
+    """Rows → labels, by the stack and, if it is tuned, by the MT encoder."""
     config, limits = job.config, job.config.evaluation
 
     def runner(forward_and_state: Any, pad_id: int) -> Vectors:
@@ -399,65 +433,14 @@ def _readers(
     def source(rows: Sequence[Row]) -> Marked:
         return stacking.source_tokens(parts.source, rows, limits.max_length)
 
-    def target(rows: Sequence[Row]) -> Marked:
-        return stacking.target_tokens(parts.target, rows, limits.max_length)
-
     causal, dtype, choices = not config.bidirectional, config.compute_dtype, task.num_choices
     stack_forward = stacking.stack_forward(
         tuned.student.stack, causal=causal, dtype=dtype, num_choices=choices
     )
-    llm_forward = stacking.llm_forward(config, tuned.teacher, choices)
     by_stack = labels_by(runner(stack_forward, parts.source.pad_id), tuned.student.head, task)
-    by_llm = labels_by(runner(llm_forward, parts.target.pad_id), tuned.teacher.head, task)
     by_encoder: Predict | None = None
     if tuned.mt_encoder is not None:
         encoder_forward = stacking.encoder_forward(config, tuned.mt_encoder.encoder, choices)
         run = labels_by(runner(encoder_forward, parts.source.pad_id), tuned.mt_encoder.head, task)
         by_encoder = lambda rows: run(source(rows))  # noqa: E731
-    return lambda rows: by_stack(source(rows)), lambda rows: by_llm(target(rows)), by_encoder
-
-
-@dataclasses.dataclass(frozen=True)
-class Translator:
-    """Texts and their languages → the texts in English, or in another language."""
-
-    model: NLLB
-    tokenizer: TranslationTokenizer
-    config: MTLLM
-    mesh: jax.sharding.Mesh
-
-    def __call__(
-        self, texts: Sequence[str], languages: Sequence[str], into: str | None = None
-    ) -> list[str]:
-        limits = self.config.evaluation
-        return translate(
-            self.model,
-            self.tokenizer,
-            texts,
-            [source_language(code, self.tokenizer.languages) for code in languages],
-            self.config.english if into is None else into,
-            max_length=limits.max_length,
-            max_new_tokens=limits.max_new_tokens,
-            num_beams=limits.num_beams,
-            mesh=self.mesh,
-            batch_size=limits.batch_rows,
-        )
-
-    def flops(self, texts: Sequence[str], made: Sequence[str]) -> float:
-        """Of these translations, by as many tokens as what was made of each text has."""
-        limits = self.config.evaluation
-        read = self.tokenizer.encode(texts, self.config.english, max_length=limits.max_length)
-        said = self.tokenizer.encode_target(made, self.config.english)  # the language, and </s>
-        sizes = collections.Counter(map(lambda x, y: (len(x), len(y) - 1), read, said))
-        return sum(
-            count * translation_flops(self.model, *size, limits.num_beams)
-            for size, count in sizes.items()
-        )
-
-
-def translator(config: MTLLM, folder: str, mesh: jax.sharding.Mesh) -> Translator:
-    """A folder's model, with what it takes to translate by it."""
-    legacy = config.legacy_source_order
-    tokenizer = translation_tokenizer(local_files(folder), legacy_source_order=legacy)
-    # Its layers scanned whatever the config says: token by token that is the faster way.
-    return Translator(load_nllb(folder, mesh=mesh), tokenizer, config, mesh)
+    return lambda rows: by_stack(source(rows)), by_encoder
