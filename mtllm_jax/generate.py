@@ -273,6 +273,7 @@ def _answer(
         total = sum(batch.size for batch in all_batches() if batch.place % count == index)
     done = 0
     with console.progress(total, what, unit="rows") as progress:
+        progress.update(done)  # rates are counted from here
 
         def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
             begin = time.monotonic()
