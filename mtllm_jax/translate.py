@@ -63,6 +63,11 @@ class Decoding:
     dtype: str = "float32"  # of weights and computation
     fsdp: int = 1  # devices that each copy of the weights is cut over
 
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_new_tokens", "num_beams", "batch_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+
 
 def translate(
     model: str,
@@ -216,9 +221,6 @@ def open_translator(
     folder: str, tokenizer: TranslationTokenizer, source: str, decoding: Decoding
 ) -> Translator:
     """A model on all devices of this process."""
-    for name in ("max_length", "max_new_tokens", "num_beams", "batch_rows"):
-        if (value := getattr(decoding, name)) < 1:
-            raise ValueError(f"--{name} is {value}; it must be at least 1.")
     mesh = mesh_of(decoding.fsdp)
     model = load_nllb(folder, mesh=mesh, dtype=decoding.dtype)
     return _Model(model, tokenizer, source, decoding, mesh)

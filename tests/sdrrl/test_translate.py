@@ -239,6 +239,11 @@ def test_mistakes_are_one_sentence_each(options, words, made):
     assert not list(Path().glob("*.parts")) and not made.asked
 
 
+def test_limits_are_at_least_one():
+    with pytest.raises(ValueError, match="--num_beams is 0; it must be at least 1"):
+        translate.Decoding(num_beams=0)
+
+
 def test_where_nothing_is_kept_nothing_is_written(made):
     write("r.jsonl", [{"text": "nothing"}])
     with pytest.raises(ValueError, match=r"no translation is kept; of 1 rows: .*'empty': 2"):
