@@ -148,6 +148,9 @@ def test_a_sentence_is_cut_around_what_must_come_back():
 
 
 def test_code_urls_and_placeholders_are_no_prose():
+    text = "访问https://a.b/c?d=1。联系a.b@c.de吧（www.x.y/z）"
+    kept = [part for part, is_prose in prose(text) if not is_prose]
+    assert kept == ["https://a.b/c?d=1", "a.b@c.de", "www.x.y/z"]
     kept = [part for part, is_prose in prose(PAGE) if not is_prose]
     assert kept == [
         *(
