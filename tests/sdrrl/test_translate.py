@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_folders import m2m100
 
 from mtllm_jax import translate
+from mtllm_jax.data.benchmarks import read_bitext
 from mtllm_jax.data.identify import KNOWN, is_in
 from mtllm_jax.data.translation_filters import (
     REASONS,
@@ -320,3 +321,13 @@ def test_the_identifier_knows_what_it_is_said_to_know(mtllm_data):
         texts = pd.read_csv(folder / code / "test.tsv", sep="\t")["text"]
         told = [answer for text in texts if (answer := is_in(text, code)) is not None]
         assert len(told) > 150 and sum(told) / len(told) > 0.9, code
+
+
+@pytest.mark.real
+def test_few_human_translations_are_dropped(mtllm_data):
+    """NTREX-128 in 110 languages: of 31,460 pairs 60 were, 42 of these for their language."""
+    found = []
+    for code, (english, other) in read_bitext("ntrex", mtllm_data / "ntrex128").pairs.items():
+        for source, translation in list(zip(english, other, strict=True))[::35]:
+            found.append(reason_against(source, translation, code, Filters())[0])
+    assert len(found) > 6000 and sum(map(bool, found)) < 0.005 * len(found)
