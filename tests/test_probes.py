@@ -38,7 +38,7 @@ def test_english_is_found_by_itself(mini_run, tmp_path):
     folder = RunFolder(tmp_path / "run", to_dict(settings))
     job = Job(settings, folder, Console(io.StringIO()), mesh, 0)
     parts = run.load_parts(mesh)
-    adapted = stacking.load_adapted(settings, parts)
+    adapted = stacking.load_adapted(settings, parts, mesh)
     pairs = {"eng_Latn": (NAMES, NAMES), "deu_Latn": (NAMES, NAMES[::-1])}
     found = retrieval(job, parts, adapted, Bitext("mine", pairs, "none"))
     assert list(found["systems"]) == ["encoder", "stack", "llm"]
