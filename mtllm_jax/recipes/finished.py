@@ -89,6 +89,8 @@ def open_run(folder: str | os.PathLike[str], stage: str = "distillation") -> Fin
     values = read_json(path / "config.json")
     if not isinstance(values, dict) or values.get("recipe") != "mtllm":
         raise ValueError(f"{path / 'config.json'} is not the config of a run of MT-LLM.")
+    if stage == "adaptation" and (other := values.get("stage1")):
+        raise ValueError(f"{path} has begun with the stage 1 of {other}; name that one.")
     if not (path / stage / "done.json").exists():
         raise ValueError(
             f"{path} is a run that has not finished its {_CALLED[stage]}; go on with it by python"
@@ -136,10 +138,6 @@ def begun(config: MTLLM) -> MTLLM:
         return config
     with naming("stage1"):
         run = open_run(config.stage1, "adaptation")
-        if run.given.stage1:
-            raise ValueError(
-                f"{config.stage1} has begun with the stage 1 of {run.given.stage1}; name that one"
-            )
         if different := differing_fields(_bound(run.given), _bound(config)):
             raise ValueError(
                 f"the stage 1 of {config.stage1} was trained with other settings"
