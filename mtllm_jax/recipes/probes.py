@@ -42,6 +42,7 @@ def retrieval(
                 values = _accuracies(embed, bitext, job.config.english)
                 found[name] = {"mean": float(np.mean(list(values.values()))), "languages": values}
             job.run.write_json(f"probes/{_FILE}", {"bitext": bitext.name, "systems": found})
+            distributed.meet()  # the first writes, and all read
         return dict(job.run.read_json(f"probes/{_FILE}"))
 
 
