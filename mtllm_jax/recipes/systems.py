@@ -100,6 +100,16 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
             " which names an NLLB model that can, is empty."
         )
     targets = () if "translate_train" not in wanted else _targets(job, translator_folder, task)
+    impossible = {
+        "translate_test": not translates and not task.translated,
+        "translate_train": not targets,
+        "encoder_linear": bool(task.num_choices),  # of choices there is no vector to classify
+    }
+    if all(impossible.get(name) for name in wanted):
+        raise ValueError(
+            f"config.evaluation.systems is {wanted}; with this task and these models it must name"
+            " another one too."
+        )
     for note in task.notes:
         job.console.print(note)
     adapters = llm2vec.prepared_llm(job, llm_folder, english)
