@@ -71,6 +71,14 @@ _ADAPTING = (
     ),
 )
 
+# Those of them that MNTP and SimCSE, which learn from the same text, make use of.
+_PREPARING = (
+    "adaptation_text",
+    "adaptation.mixture",
+    "adaptation.dev_texts",
+    "adaptation.training.evaluate_every",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -304,7 +312,9 @@ def idle_fields(config: MTLLM, given: Sequence[str]) -> str:
         brought = ("adaptation", "lora.start", "mntp", "simcse")
         reasons |= dict.fromkeys(brought, "config.stage1 brings its stage 1")
     elif not config.adaptation.training.steps:
-        reasons |= dict.fromkeys(_ADAPTING, "stage 1 is left out, of 0 steps")
+        used = _PREPARING if _prepares_llm(config) else ()
+        unused = (name for name in _ADAPTING if name not in used)
+        reasons |= dict.fromkeys(unused, "stage 1 is left out, of 0 steps")
     stages = {f"{where}.": training for where, training in config.stages().items()}
     for where, training in stages.items():
         if training.chosen != "average":
