@@ -1,5 +1,6 @@
 """The model card of an exported stack: where it comes from, what it reached, how to load it."""
 
+import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import mtllm_jax
 from mtllm_jax.config import MTLLM
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.recipes import llm2vec
-from mtllm_jax.recipes.finished import FinishedRun
+from mtllm_jax.recipes.finished import FinishedRun, open_run
 from mtllm_jax.results import (
     TEST_NAMES,
     language_name,
@@ -35,12 +36,13 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
     languages: the FLORES-200 codes that the encoder reads. Paths of this machine do not appear:
     a local folder is named by its last part.
     """
-    bases = [_base("MT encoder", run.given.encoder, run.config.encoder)]
-    bases.append(_base("LLM", run.given.llm, run.config.llm))
+    first = _of_stage_1(run)
+    bases = [_base("MT encoder", first.encoder, run.config.encoder)]
+    bases.append(_base("LLM", first.llm, run.config.llm))
     # Those that the run has trained for its LLM come behind, and are no base.
-    adapters = zip(run.given.llm_adapters, run.config.llm_adapters, strict=False)
+    adapters = zip(first.llm_adapters, run.config.llm_adapters, strict=False)
     bases += [_base("adapter merged into the LLM", *names) for names in adapters]
-    if run.given.trained == "lora" and (start := run.given.lora.start):
+    if first.trained == "lora" and (start := first.lora.start):
         bases.append(_base("what the LLM's own adapter started from", start, start))
     licences = {base["licence"] for base in bases}
     same = licences.pop() if len(licences) == 1 and all(base["hub"] for base in bases) else None
@@ -67,8 +69,8 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
         task=run.task,
         labels=run.labels,
         bases=bases,
-        data=_data(run.given),
-        settings=_settings(run.given),
+        data=_data(run.given, first),
+        settings=_settings(run.given, first),
         num_languages=len(languages),
         tables=_tables(run.results) if run.results else [],
         seeds=run.results["seeds"] if run.results else [],
@@ -85,6 +87,20 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
             ]
         ),
     )
+
+
+def _of_stage_1(run: FinishedRun) -> MTLLM:
+    """The config that names the models and the text of stage 1: the run's, or that of the run whose
+    stage 1 it has begun with; where that is gone, or was exported, `stage1` says so."""
+    given = run.given
+    if not given.stage1:
+        return given
+    try:
+        return open_run(given.stage1, "adaptation").given
+    except ValueError:
+        models = ("encoder", "llm", "llm_adapters")
+        named = {name: getattr(given, name) or getattr(run.config, name) for name in models}
+        return dataclasses.replace(given, **named)
 
 
 def _base(role: str, name: str, folder: str) -> dict[str, str]:
@@ -125,22 +141,23 @@ def _last_part(source: str) -> str:
     return source if source.startswith(("tfds:", "hf:")) else epath.Path(source).name
 
 
-def _data(config: MTLLM) -> list[str]:
-    """A line for each kind of text that was trained on."""
-    own = config.adaptation_text
+def _data(config: MTLLM, first: MTLLM) -> list[str]:
+    """A line for each kind of text that was trained on. first: the config of stage 1."""
+    own = ", ".join(map(_last_part, first.adaptation_text))
+    if first.stage1:
+        own = f"that of {_last_part(first.stage1)}"
     lines = [
-        "general adaptation, English: "
-        + (", ".join(map(_last_part, own)) if own else "names, lists and facts from CLDR"),
+        f"general adaptation, English: {own or 'names, lists and facts from CLDR'}",
         f"task, English: {_task_data(config)}",
     ]
-    if not config.encoder:
+    if not first.encoder:
         lines.append("the MT encoder itself: names and lists from CLDR, X → English")
-    if not config.llm:
+    if not first.llm:
         lines.append("the LLM itself: English names, lists and facts from CLDR")
     return lines
 
 
-def _settings(config: MTLLM) -> dict[str, str]:
+def _settings(config: MTLLM, first: MTLLM) -> dict[str, str]:
     how = "all its layers"
     if config.trained == "lora":
         how = f"LoRA, rank {config.lora.rank}, alpha {config.lora.alpha:g}"
@@ -148,12 +165,13 @@ def _settings(config: MTLLM) -> dict[str, str]:
         how = "nothing but what the teacher learnt" if _adds_teacher(config) else "nothing"
     learns = "the task's labels" if config.distillation.learns == "labels" else "task distillation"
     stages = {
-        f"LLM preparation, {title}": config.stages()[f"{name}.training"]
+        f"LLM preparation, {title}": first.stages()[f"{name}.training"]
         for name, title in llm2vec.TITLES.items()
-        if f"{name}.training" in config.stages()
+        if f"{name}.training" in first.stages()
     }
+    if not first.stage1:
+        stages["stage 1, general adaptation"] = first.adaptation.training
     stages |= {
-        "stage 1, general adaptation": config.adaptation.training,
         "stage 2a, teacher": config.teacher,
         f"stage 2b, {learns}": config.distillation.training,
     }
