@@ -133,16 +133,19 @@ def task_stages(plan: Plan) -> dict[str, dict[str, float]]:
     config = step.config
     trainable, frozen = step.state.trainable, step.frozen["stack"]
 
-    def hardware(training: Training, length: int) -> Mapping[str, float]:
+    def hardware(training: Training, length: int, stride: int = 1) -> Mapping[str, float]:
         batch = Batch(training.batch_rows, source_length=length)
-        return adaptation_flops(trainable, frozen, step.encoder, step.llm, batch).hardware
+        return adaptation_flops(trainable, frozen, step.encoder, step.llm, batch, stride).hardware
 
     teacher, student = config.teacher, config.distillation.training
     # The teacher is what the student's LLM is, and reads tokens of its own.
     parts = hardware(teacher, teacher.target_length)
     by_stage = {
         "teacher": (teacher, sum(n for name, n in parts.items() if name.startswith("student"))),
-        "distillation": (student, sum(hardware(student, student.source_length).values())),
+        "distillation": (
+            student,
+            sum(hardware(student, student.source_length, config.bridge.stride).values()),
+        ),
     }
     return {
         name: {
