@@ -92,6 +92,8 @@ def translate(
     file or flag can be no good, and in the end where nothing is kept.
     """
     filters.check()
+    if not all(columns) or not columns:
+        raise ValueError("--columns must name one column or several, with commas.")
     target_file = Path(output)
 
     def look() -> int:
