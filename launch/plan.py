@@ -9,7 +9,7 @@ from absl import flags
 from mtllm_jax import cli
 from mtllm_jax.config import MTLLM
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5e:16x16, v6e:2x4, v5p:4x4x4, h100:8")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5e:16x16, v6e:2x4, v5p:4x4x4, a100:8")
 _GPU = flags.DEFINE_integer("gpu", None, "one GPU of 24, 48, 80 or 141 GB")
 _ENCODER = flags.DEFINE_string("encoder", "nllb-600m", "its size, where config.encoder is empty")
 _LLM = flags.DEFINE_string("llm", "", "its size, where config.llm is empty; else the recipe's")

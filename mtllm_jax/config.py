@@ -552,8 +552,9 @@ class Evaluation:
     # That the LLM reads in its own tokens (zero-shot); () = all. Scripts that its tokenizer cuts
     # into bytes make it many times as slow as the stack.
     llm_languages: tuple[str, ...] = ()
-    # Those that are compared, where they can be; what none of them needs is not trained.
-    # translate_train, for which the LLM is trained on the task once more, is to be asked for.
+    # Those that are compared, where they can be. Of mt_encoder and translate_train, what is not
+    # among them is not trained. translate_train, for which the LLM is trained on the task once more,
+    # is to be asked for.
     systems: tuple[str, ...] = tuple(name for name in SYSTEMS if name != "translate_train")
     # What llm_prompted reads: a text with the names of columns in braces, and {labels}; "" = the
     # task's own, or that of its kind (tasks/prompt.py).
@@ -593,7 +594,7 @@ class MTLLM:
     """MT-LLM, from checkpoints to the table."""
 
     recipe: Literal["mtllm"]
-    name: str  # of the settings: mini, llama3-8b, llama3-8b-24gb
+    name: str  # of the settings: mini, llama3-8b, …
     seed: int  # of all that training draws
     # Of the embedded text and its splits, apart from `seed`: runs of several seeds share one test,
     # and none of it lies in the dev split that settings were chosen on.
