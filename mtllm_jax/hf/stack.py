@@ -428,6 +428,8 @@ def _open(folder: str | os.PathLike) -> tuple[StackConfig, Tensors, _Names]:
 
 
 def _config_of_ours(source: Mapping[str, Any], where: str) -> StackConfig:
+    # Folders from before there were other bridges do not say which.
+    source = {"bridge_hidden": 0, "bridge_stride": 1, **source}
     kind = source.get("head")
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise ValueError(f"{where}: head is {kind!r}; it may be {', '.join(_CLASSES)}")
