@@ -52,10 +52,11 @@ TEST = [
 
 def flags(fields: Mapping[str, object]) -> list[str]:
     """--config.NAME=VALUE of each field."""
-    return [f"--config.{name}={value}" for name, value in fields.items()]
+    texts = {name: ",".join(x) if isinstance(x, list) else x for name, x in fields.items()}
+    return [f"--config.{name}={text}" for name, text in texts.items()]
 
 
-def own_fields(folder: Path, run: Path) -> dict[str, str]:
+def own_fields(folder: Path, run: Path) -> dict[str, object]:
     """Fields that name a user's own models (those of `run`), task and text, written to `folder`."""
     (folder / "a.tsv").write_text("\n".join(["text\tlabel", *TRAIN]) + "\n", encoding="utf-8")
     rows = [dict(zip(("text", "label", "language"), row, strict=True)) for row in TEST]
@@ -67,7 +68,7 @@ def own_fields(folder: Path, run: Path) -> dict[str, str]:
         "llm": str(run / "mini_llama" / "model"),
         "task.train": str(folder / "a.tsv"),
         "task.test": str(folder / "b.jsonl"),
-        "adaptation_text": str(folder / "t.txt"),
+        "adaptation_text": [str(folder / "t.txt")],
     }
 
 

@@ -58,7 +58,7 @@ def test_the_folder_of_another_run_is_refused_and_not_touched(tmp_path):
 def test_an_unknown_recipe_name_is_answered_with_the_known_ones(tmp_path):
     code, out, err = train(tmp_path, f"{CONFIG}:llama")
     assert (code, out) == (2, "")
-    assert "mini, llama3-8b" in err and err.count("\n") == 1
+    assert "mini, mini-all, llama3-8b" in err and err.count("\n") == 1
     code, out, err = train(tmp_path, CONFIG, "--config.recipe=sdrl")
     assert (code, out) == (2, "") and "config.recipe" in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

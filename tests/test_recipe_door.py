@@ -451,7 +451,7 @@ INT8 = {"frozen_dtype": "int8", "trained": "lora", "distillation.start": "stage1
 def test_int8_is_for_what_stays_frozen(own, monkeypatch):
     assert read_inputs(config(own | INT8)).config.frozen_dtype == "int8"
     assert refusal(own | INT8 | {"trained": "all"}) == (
-        "config.trained is 'all'; it must be 'lora' with frozen_dtype 'int8'."
+        "config.trained is 'all'; it must be 'lora' or 'bridge' with frozen_dtype 'int8'."
     )
     assert refusal(own | INT8 | {"distillation.start": "stage1+teacher"}) == (
         "config.distillation.start is 'stage1+teacher'; it must be 'stage1' with frozen_dtype"
