@@ -552,9 +552,9 @@ class Evaluation:
     # That the LLM reads in its own tokens (zero-shot); () = all. Scripts that its tokenizer cuts
     # into bytes make it many times as slow as the stack.
     llm_languages: tuple[str, ...] = ()
-    # Those that are compared, where they can be. Of mt_encoder and translate_train, what is not
-    # among them is not trained. translate_train, for which the LLM is trained on the task once more,
-    # is to be asked for.
+    # Those that are compared, where they can be; mt_encoder and translate_train are not trained
+    # where they are not among them. The latter, which trains the LLM on the task once more, is to
+    # be asked for.
     systems: tuple[str, ...] = tuple(name for name in SYSTEMS if name != "translate_train")
     # What llm_prompted reads: a text with the names of columns in braces, and {labels}; "" = the
     # task's own, or that of its kind (tasks/prompt.py).
