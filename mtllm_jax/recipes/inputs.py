@@ -151,10 +151,14 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
         with naming("evaluation.prompt"):
             check_prompt(config.evaluation.prompt, kind_of(task.train[0]) if task else "text")
     tokenizers = [source]
+    tests = task.tests.values() if task else []
+    evaluated = {row["language"] for rows in tests for row in rows} or {*config.languages}
+    if by_llm := config.evaluation.llm_languages:
+        told = f"() or codes among those evaluated, such as {min(evaluated - {config.english})}"
+        some = not evaluated.isdisjoint({*by_llm} - {config.english})
+        require(some, "evaluation.llm_languages", by_llm, told)
     if config.translator:
-        tests = task.tests.values() if task else []
-        evaluated = {row["language"] for rows in tests for row in rows} or config.languages
-        tokenizers.append(_check_translator(config, evaluated))
+        tokenizers.append(_check_translator(config, sorted(evaluated)))
     if config.legacy_source_order and config.encoder:
         two_orders = any(isinstance(tokenizer, NllbTokenizer) for tokenizer in tokenizers)
         require(two_orders, "legacy_source_order", True, "False where no tokenizer is NLLB's")
