@@ -747,9 +747,16 @@ class MTLLM:
         of_task = ("teacher", "distillation.training", "mt_encoder")
         return any(t.evaluate_every for where, t in self.stages().items() if where in of_task)
 
+    @property
+    def reads_english(self) -> bool:
+        """Whether a stage learns from English text: stage 1, or what prepares the LLM for it."""
+        learning = (self.mntp, self.simcse, self.adaptation)
+        return not self.stage1 and any(group.training.steps for group in learning)
+
     def uses_embedded_text(self) -> bool:
         """Whether anything is trained or evaluated on the text that comes with this package."""
-        own = self.stage1 or (self.encoder and self.llm and self.adaptation_text)
+        text = self.adaptation_text or not self.reads_english
+        own = self.stage1 or (self.encoder and self.llm and text)
         return not (own and self.task.given)
 
     def stages(self) -> dict[str, Training]:

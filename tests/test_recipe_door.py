@@ -21,6 +21,7 @@ import mtllm_jax
 from mtllm_jax import sharding
 from mtllm_jax.cli import load_config
 from mtllm_jax.config import MTLLM
+from mtllm_jax.data.benchmarks import Bitext
 from mtllm_jax.hf.llama import load_llama
 from mtllm_jax.hf.locate import Checkpoint
 from mtllm_jax.hf.peft import save_peft
@@ -29,10 +30,11 @@ from mtllm_jax.models import lora
 from mtllm_jax.recipes import inputs as recipe_inputs
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.dry_run import first_of_each
-from mtllm_jax.recipes.inputs import idle_fields, read_inputs
+from mtllm_jax.recipes.inputs import idle_fields, read_inputs, unseen_texts
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.schema import resolve, to_dict
+from mtllm_jax.tasks.task import Task
 
 
 @pytest.fixture
@@ -304,9 +306,32 @@ def test_texts_of_the_test_are_no_texts_of_stage_1(own):
     Path(own["adaptation_text"]).write_text("Ghana und Togo \nKenya is in Africa\n ケニア\n")
     inputs = read_inputs(config(own))
     assert list(inputs.adaptation_text) == ["Kenya is in Africa"]
-    assert inputs.task.notes == ("2 of 3 texts are left out of stage 1: they are the test's.",)
+    assert inputs.notes == ["2 of 3 texts are left out of stage 1: they are the test's."]
     Path(own["adaptation_text"]).write_text("Kenya\n")
     assert "holds no text that is not one of the test's" in refusal(own)
+
+
+def test_sentences_of_a_probe_are_no_texts_of_stage_1(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Kenya\nGhana\nGana\nPeru\n")
+    bitext = Bitext("mine", {"deu_Latn": (["Kenya ", "Ghana"], ["Kenia", "Gana"])}, "none")
+    rows = [{"id": "1", "language": "eng_Latn", "label": "a", "text": "Togo"}]
+    settings, task = config({"adaptation_text": str(path)}), Task("one", ("a",), rows, {"t": rows})
+    told = "3 of 4 texts are left out of stage 1: they are the"
+    texts, note = unseen_texts(settings, None, bitext)
+    assert list(texts) == ["Peru"] and note == f"{told} probe's."
+    assert unseen_texts(settings, task, bitext)[1] == f"{told} test's or the probe's."
+
+
+def test_no_text_is_asked_for_where_nothing_learns_from_it():
+    own = {"encoder": "a", "llm": "b", "task.train": "c", "task.test": "d"}
+    assert config(own | {"adaptation.training.steps": 5}).uses_embedded_text()
+    idle = config(own | {"adaptation.training.steps": 0})
+    assert not idle.reads_english and not idle.uses_embedded_text()
+    assert config(own | {"adaptation.training.steps": 0, "mntp.training.steps": 5}).reads_english
+    # The models are missed, and no text.
+    fields = own | {"adaptation.training.steps": 0}
+    assert "adaptation_text" not in refusal(fields, "smollm2")
 
 
 def test_rows_that_the_devices_cannot_share():

@@ -119,7 +119,7 @@ def _read(source: Source, unwanted: pa.Array, store: "_Store") -> Read:
             lengths.update(np.diff(ends_N).astype("<i8").tobytes())
             content.update(memoryview(text)[ends_N[0] : ends_N[-1]])
     if not kept:
-        why = "that is not one of the test's" if seen else ""
+        why = "that is not one of the test's or of a probe's" if seen else ""
         raise ValueError(f"{source.given} holds no text {why}".rstrip() + ".")
     return Read(
         name=source.given if source.kind != "files" else Path(source.given).name,

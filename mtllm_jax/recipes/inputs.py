@@ -94,6 +94,7 @@ class Inputs:
     task: Task | None
     adaptation_text: Texts | Prepared | None
     bitext: Bitext | None = None  # of config.probe
+    notes: Sequence[str] = ()  # on text and bitext, as those of a task
 
 
 def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
@@ -162,15 +163,14 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     if config.legacy_source_order and config.encoder:
         two_orders = any(isinstance(tokenizer, NllbTokenizer) for tokenizer in tokenizers)
         require(two_orders, "legacy_source_order", True, "False where no tokenizer is NLLB's")
+    bitext = read_probe(config, readable)
     text, note = None, ""
-    if config.adaptation_text:
-        text, note = _read_adaptation_text(config, source, task)
-    if config.adaptation.training.evaluate_every and not config.stage1:
+    if config.adaptation_text and config.reads_english:
+        text, note = _read_adaptation_text(config, source, task, bitext)
+    if config.adaptation.training.evaluate_every and config.reads_english:
         _check_held_out(config, text)
-    if task is not None and note:
-        task = dataclasses.replace(task, notes=(*task.notes, note))
-    bitext = _read_bitext(config, readable) if config.probe.bitext else None
-    return Inputs(config, revisions, mesh, task, text, bitext)
+    notes = [*(bitext.notes if bitext else ()), *([note] if note else [])]
+    return Inputs(config, revisions, mesh, task, text, bitext, notes)
 
 
 def revisions_of(run: str | os.PathLike[str]) -> dict[str, str]:
@@ -277,9 +277,11 @@ def _readable_rows(
     return [row for row in read.test if row["language"] in wanted], notes
 
 
-def _read_bitext(config: MTLLM, readable: Sequence[str]) -> Bitext:
-    """The languages of config.probe's that the encoder knows."""
+def read_probe(config: MTLLM, readable: Sequence[str]) -> Bitext | None:
+    """The languages of config.probe's that the encoder knows; None where nothing is asked for."""
     source = config.probe
+    if not source.bitext:
+        return None
     with naming("probe.data"):
         read = read_bitext(source.bitext, source.data, limit=source.limit or None)
         kept = {}
@@ -289,7 +291,10 @@ def _read_bitext(config: MTLLM, readable: Sequence[str]) -> Bitext:
                 kept[code] = lines
         if not kept:
             raise ValueError(f"{source.data} has no language that the encoder knows")
-    return dataclasses.replace(read, pairs=kept)
+    notes = list(read.notes)
+    if unknown := ", ".join(code for code in read.pairs if code not in kept):
+        notes.append(f"Left out of the probe, as the encoder does not know them: {unknown}.")
+    return dataclasses.replace(read, pairs=kept, notes=tuple(notes))
 
 
 def idle_fields(config: MTLLM, given: Sequence[str]) -> str:
@@ -380,7 +385,7 @@ def _prepares_llm(config: MTLLM) -> bool:
 
 def _check_sources(config: MTLLM) -> None:
     """Everything is either named by the user or made here; some settings make nothing here."""
-    adaptation = config.adaptation_text or config.stage1
+    adaptation = config.adaptation_text or not config.reads_english
     for field, given, own, what in (
         ("encoder", config.encoder, config.mini_nllb, "the Hugging Face folder of an encoder"),
         ("llm", config.llm, config.mini_llama, "the Hugging Face folder of an LLM"),
@@ -531,9 +536,10 @@ def _check_held_out(config: MTLLM, text: Texts | Prepared | None) -> None:
     require(2 * count <= there, "adaptation.dev_texts", count, half)
 
 
-def unseen_texts(config: MTLLM, task: Task | None) -> tuple[Texts, str]:
-    """The texts of config.adaptation_text that are none of the task's test texts, and sentences on
-    how many are, and on how several sources are mixed; "" for neither."""
+def unseen_texts(config: MTLLM, task: Task | None, bitext: Bitext | None) -> tuple[Texts, str]:
+    """The texts of config.adaptation_text that are none of the task's test texts and in neither
+    language of a pair of the bitext, and sentences on how many are, and on how several sources are
+    mixed; "" for neither."""
     for source in config.adaptation_text:
         if holds_rows(source):
             raise ValueError(
@@ -541,13 +547,15 @@ def unseen_texts(config: MTLLM, task: Task | None) -> tuple[Texts, str]:
                 " other sources; prepare them together."
             )
     with naming("adaptation_text"):
-        unwanted = set() if task is None else task.test_texts
-        texts = read_texts(*config.adaptation_text, unwanted=unwanted)
+        of_test = set() if task is None else task.test_texts
+        of_probe = set() if bitext is None else bitext.texts
+        texts = read_texts(*config.adaptation_text, unwanted=of_test | of_probe)
     notes = []
     if left_out := texts.dropped:
+        whose = [name for name, of in (("test's", of_test), ("probe's", of_probe)) if of]
         notes.append(
             f"{left_out} of {len(texts) + left_out} texts are left out of stage 1: they are the"
-            " test's."
+            f" {' or the '.join(whose)}."
         )
     if len(texts.reads) > 1:
         adaptation = config.adaptation
@@ -561,12 +569,12 @@ def unseen_texts(config: MTLLM, task: Task | None) -> tuple[Texts, str]:
 
 
 def _read_adaptation_text(
-    config: MTLLM, source: SourceTokenizer | None, task: Task | None
+    config: MTLLM, source: SourceTokenizer | None, task: Task | None, bitext: Bitext | None
 ) -> tuple[Texts | Prepared, str]:
     """As `unseen_texts`; rows that were prepared are what they are."""
     folder = config.adaptation_text[0]
     if len(config.adaptation_text) > 1 or not is_prepared(folder):
-        return unseen_texts(config, task)
+        return unseen_texts(config, task, bitext)
     with naming("adaptation_text"):
         if source is None or not config.llm:
             raise ValueError(

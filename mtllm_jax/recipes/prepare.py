@@ -8,7 +8,7 @@ from mtllm_jax.data.tokenise import TargetTokenizer, source_tokenizer
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.languages import check_language
 from mtllm_jax.metrics import Console, Progress
-from mtllm_jax.recipes.inputs import locate_models, read_task, unseen_texts
+from mtllm_jax.recipes.inputs import locate_models, read_probe, read_task, unseen_texts
 from mtllm_jax.recipes.job import stage_seed
 from mtllm_jax.runfolder import is_remote
 
@@ -19,7 +19,8 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     """Tokenise and pack the config's English text into the folder `to`, going on where an earlier
     start stopped.
 
-    Texts of the test rows of the config's task are left out, where it names one. fit_lengths:
+    Texts of the test rows of the config's task and of its probe are left out, where it names them.
+    fit_lengths:
     choose the lengths of rows by the ratio of the texts' tokens. Raises ValueError,
     naming the field or the flag, for what cannot be read, or a folder of something else.
     """
@@ -56,7 +57,7 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
         with naming("adaptation.objective.per_token"):
             source.encode_ends(["a"], config.english)
     task = read_task(config, source.languages) if config.task.given else None
-    texts, note = unseen_texts(config, task)
+    texts, note = unseen_texts(config, task, read_probe(config, source.languages))
     if note:
         console.print(note)
     maker = maker_of(config, source, target, stage_seed(config.seed, "adaptation"))

@@ -294,15 +294,22 @@ def _held_out_rows(
     return make_rows(maker, left), make_rows(plain, held)
 
 
-def general_adaptation(job: Job[MTLLM], parts: Parts, english: Texts | Prepared) -> nnx.State:
+def general_adaptation(
+    job: Job[MTLLM], parts: Parts, english: Texts | Prepared | None
+) -> nnx.State:
     """Stage 1: train bridge and LLM side of the stack on English text; returns what was trained, or
-    of 0 steps what would have been."""
+    of 0 steps, which read none, what would have been."""
     config, seed = job.config, job.stage_seed("adaptation")
     training = config.adaptation.training
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
-        split_rows = functools.cache(lambda: _held_out_rows(config, parts, english, seed))
+
+        @functools.cache
+        def split_rows() -> tuple[Rows, Rows]:
+            assert english is not None
+            return _held_out_rows(config, parts, english, seed)
 
         def rows() -> Rows:
+            assert english is not None
             if training.evaluate_every:
                 packed, _ = split_rows()
             else:

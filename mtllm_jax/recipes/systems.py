@@ -77,7 +77,7 @@ class Made:
     llm_adapters: Sequence[str]  # merged into the LLM: the config's, and those of its preparation
     parts: stacking.Parts
     task: Task
-    english: Texts | Prepared | None  # texts of stage 1; None where it was done before
+    english: Texts | Prepared | None  # texts of stage 1; None where no stage learns from any
     tuned: Mapping[int, Tuned]  # by seed
     probes: Mapping[str, Any] | None  # of `probes.retrieval`, where it is asked for
 
@@ -87,8 +87,9 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     config = job.config
     text = functools.cache(lambda: embedded_text(job))
     task = inputs.task or embedded_task(text(), config.evaluation.split, config.evaluates_task)
+    task = dataclasses.replace(task, notes=(*task.notes, *inputs.notes))
     english = inputs.adaptation_text
-    if english is None and not config.stage1:
+    if english is None and config.reads_english:
         english = texts_of(row["text"] for row in text()["adaptation"])
     encoder_folder = config.encoder or mini_models.mini_nllb(job, text())
     llm_folder = config.llm or mini_models.mini_llama(job, text())
@@ -118,7 +119,7 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     parts = stacking.load_parts(prepared, encoder_folder, llm_folder, job.mesh, job.console)
     weights = stacking.weights_of(parts)
     stacking.check_weights(job.run.path, weights, write=True)
-    if english is None:
+    if config.stage1:
         if not is_stack(config.stage1):
             stacking.check_weights(epath.Path(config.stage1), weights)
         adapted = stacking.load_adapted(config, parts, job.mesh)

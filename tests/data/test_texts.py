@@ -168,7 +168,8 @@ def test_sources_follow_each_other_and_the_tests_texts_are_dropped(tmp_path):
     assert texts.dropped == 2 and texts[1:] == ["three", "four"]
     assert list(texts.first(1)) == ["one", "four"] and texts.first(1).sizes == (1, 1)
     kept = refusal(tmp_path / "a.txt", tmp_path / "b.jsonl", unwanted=["two", "four"])
-    assert kept == f"{tmp_path}/b.jsonl holds no text that is not one of the test's."
+    told = "holds no text that is not one of the test's or of a probe's."
+    assert kept == f"{tmp_path}/b.jsonl {told}"
 
 
 def test_the_digest_is_of_the_texts_however_they_come(tmp_path, monkeypatch):

@@ -29,6 +29,11 @@ class Bitext:
     licence: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def texts(self) -> set[str]:
+        """All lines of both sides."""
+        return {line for pair in self.pairs.values() for side in pair for line in side}
+
 
 @dataclass(frozen=True)
 class _Source:
