@@ -9,9 +9,10 @@ from absl import flags
 
 from mtllm_jax import cli, distributed
 
-_MODEL = flags.DEFINE_string("model", None, "an LLM: its folder, or its name on the hub")
-_INPUT = flags.DEFINE_string("input", None, ".jsonl, .jsonl.gz, .csv, .tsv or .parquet")
-_OUTPUT = flags.DEFINE_string("output", None, ".jsonl, to be written")
+_MODEL, _BATCH_ROWS, _FSDP = cli.model_flags(
+    "an LLM: its folder, or its name on the hub", 32, "prompts that a device answers at a time"
+)
+_INPUT, _OUTPUT, _DTYPE = cli.rows_flags()
 _TEMPLATE = flags.DEFINE_string(
     "template", "chat", "what stands around a prompt: chat (the LLM's own), alpaca, llama2 or none"
 )
@@ -23,9 +24,6 @@ _TOP_P = flags.DEFINE_float("top_p", 0.7, "draw from the likeliest that hold thi
 _REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "above 1: repeats are rarer")
 _STOP = flags.DEFINE_list("stop", [], "tokens that end an answer, beside the model's own")
 _SEED = flags.DEFINE_integer("seed", 0, "of what is drawn")
-_BATCH_ROWS = flags.DEFINE_integer("batch_rows", 32, "prompts that a device answers at a time")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and products")
-_FSDP = flags.DEFINE_integer("fsdp", 1, "devices that each copy of the weights is cut over")
 
 
 def main() -> None:

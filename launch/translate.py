@@ -10,11 +10,12 @@ from absl import flags
 
 from mtllm_jax import cli, distributed
 
-_MODEL = flags.DEFINE_string("model", None, "an NLLB or M2M100 model: a folder, or org/name")
+_MODEL, _BATCH_ROWS, _FSDP = cli.model_flags(
+    "an NLLB or M2M100 model: a folder, or org/name", 64, "sentences translated at a time"
+)
+_INPUT, _OUTPUT, _DTYPE = cli.rows_flags()
 _SOURCE = flags.DEFINE_string("source", "eng_Latn", "FLORES-200 code of the rows")
 _TARGET = flags.DEFINE_list("target", None, "FLORES-200 codes to translate into, with commas")
-_INPUT = flags.DEFINE_string("input", None, ".jsonl, .jsonl.gz, .csv, .tsv or .parquet")
-_OUTPUT = flags.DEFINE_string("output", None, ".jsonl, to be written")
 _COLUMNS = flags.DEFINE_list("columns", ["text"], "to translate; the first is never blank")
 _LEAST_LENGTH = flags.DEFINE_float("least_length", 0.3, "letters of a translation / its source's")
 _MOST_LENGTH = flags.DEFINE_float("most_length", 3.0, "the same, at most")
@@ -24,9 +25,6 @@ _TASKS = flags.DEFINE_bool("check_tasks", True, "drop tasks that a translation s
 _BEAMS = flags.DEFINE_integer("num_beams", 4, "hypotheses that are searched over; 1: greedy")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 512, "tokens of a sentence")
 _MAX_NEW = flags.DEFINE_integer("max_new_tokens", 512, "tokens of its translation")
-_BATCH_ROWS = flags.DEFINE_integer("batch_rows", 64, "sentences translated at a time")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and products")
-_FSDP = flags.DEFINE_integer("fsdp", 1, "devices that each copy of the weights is cut over")
 
 
 def main() -> None:

@@ -56,18 +56,35 @@ _LIBRARIES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "pur
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def model_flags() -> tuple[
-    flags.FlagHolder[str | None], flags.FlagHolder[int], flags.FlagHolder[int]
-]:
-    """Define --model, --batch_rows and --fsdp, of the tools that use a trained model."""
-    model = "folder of a finished run, or what export.py wrote"
+def model_flags(
+    model: str = "folder of a finished run, or what export.py wrote",
+    rows: int = 32,
+    rows_help: str = "texts in one forward pass",
+) -> tuple[flags.FlagHolder[str | None], flags.FlagHolder[int], flags.FlagHolder[int]]:
+    """Define --model, --batch_rows (`rows`) and --fsdp, of the tools that use a trained model."""
     fsdp = "devices that each copy of the weights is cut over"
-    tool: dict[str, Any] = {"module_name": sys.argv[0]}  # which then counts them as its own
     return (
-        flags.DEFINE_string("model", None, model, **tool),
-        flags.DEFINE_integer("batch_rows", 32, "texts in one forward pass", **tool),
-        flags.DEFINE_integer("fsdp", 1, fsdp, **tool),
+        flags.DEFINE_string("model", None, model, **_tool()),
+        flags.DEFINE_integer("batch_rows", rows, rows_help, **_tool()),
+        flags.DEFINE_integer("fsdp", 1, fsdp, **_tool()),
     )
+
+
+def rows_flags() -> tuple[
+    flags.FlagHolder[str | None], flags.FlagHolder[str | None], flags.FlagHolder[Any]
+]:
+    """Define --input, --output and --dtype, of the tools that write rows as JSON lines."""
+    rows, dtypes = ".jsonl, .jsonl.gz, .csv, .tsv or .parquet", ["float32", "bfloat16"]
+    return (
+        flags.DEFINE_string("input", None, rows, **_tool()),
+        flags.DEFINE_string("output", None, ".jsonl, to be written", **_tool()),
+        flags.DEFINE_enum("dtype", "float32", dtypes, "of weights and products", **_tool()),
+    )
+
+
+def _tool() -> dict[str, Any]:
+    """That flags are defined for the tool that was started, which counts them as its own."""
+    return {"module_name": sys.argv[0]}
 
 
 def run_main(

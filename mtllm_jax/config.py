@@ -23,12 +23,12 @@ def require(condition: bool, field: str, value: object, allowed: str) -> None:
 
 
 @contextlib.contextmanager
-def naming(field: str) -> Iterator[None]:
-    """Put a field's name before what was found to be wrong with its value."""
+def naming(field: str, before: str = "config.") -> Iterator[None]:
+    """Put a field's name before what was found to be wrong with its value; with "--", a flag's."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"config.{field}: {str(error).rstrip('.')}.") from None
+        raise ValueError(f"{before}{field}: {str(error).rstrip('.')}.") from None
 
 
 def _require_sizes(where: str, group: object, names: tuple[str, ...]) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from mtllm_jax import distributed
 from mtllm_jax.answers import check_output, json_line, new_answers, parts_of, rejects_of
+from mtllm_jax.config import naming
 from mtllm_jax.data.files import cell_value
 from mtllm_jax.data.templates import Template
 from mtllm_jax.data.tokenise import TargetTokenizer
@@ -65,7 +66,7 @@ class Decoding:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_rows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +102,25 @@ def generate(
     Raises ValueError, naming the flag or the file and the line, before weights are read where a
     file or flag can be no good.
     """
-    folder = distributed.after_first(lambda: locate(model)).folder
-    config = check_llama(folder)
-    tokenizer = TargetTokenizer(local_files(folder))
+    target = Path(output)
+    mesh = mesh_of(fsdp)
+
+    def look() -> int:
+        check_output(output, _SUFFIXES)
+        return scan(Path(rows), required=["prompt"], reserved=[_ANSWER, _ENDED]).rows
+
+    total = distributed.by_first(look)
+    with naming("model", "--"):
+        folder = distributed.after_first(lambda: locate(model)).folder
+        config = check_llama(folder)
+        tokenizer = TargetTokenizer(local_files(folder))
     template = Template(how.template, tokenizer, how.system)
     stops = sorted({*stop_ids(folder), *(_stop_id(tokenizer, stop) for stop in how.stop)})
-    mesh = mesh_of(fsdp)
     num_rows = how.batch_rows * mesh.size
     room = config.max_positions - how.max_new_tokens
     if room < 1:
         raise ValueError(
-            f"max_new_tokens is {how.max_new_tokens}; the context of --model={model} has"
+            f"--max_new_tokens is {how.max_new_tokens}; the context of --model={model} has"
             f" {config.max_positions} tokens, prompt and answer together."
         )
 
@@ -121,14 +130,11 @@ def generate(
 
         return in_windows(Path(rows), num_rows * _WINDOW_BATCHES, entry)
 
-    def look() -> dict[str, Any]:
-        check_output(output, _SUFFIXES)
-        found = scan(Path(rows), required=["prompt"], reserved=[_ANSWER, _ENDED])
-        with console.progress(found.rows, "reading", unit="rows") as progress:
+    def read_all() -> dict[str, Any]:
+        with console.progress(total, "reading", unit="rows") as progress:
             return _look(all_windows(), progress.update)
 
-    target = Path(output)
-    found = distributed.by_first(look)
+    found = distributed.by_first(read_all)
     about = {**dataclasses.asdict(how), "model": check_model(str(folder)), "stop": stops}
     parts = Parts(parts_of(target), about | {"batch_rows": num_rows})
 
@@ -186,7 +192,7 @@ def row_key(seed: int, cells: Mapping[str, Any]) -> list[int]:
 
 def _stop_id(tokenizer: TargetTokenizer, token: str) -> int:
     if token not in tokenizer.vocabulary:
-        raise ValueError(f"stop names {token!r}, which is not one token of the LLM's vocabulary.")
+        raise ValueError(f"--stop names {token!r}, which is not one token of the LLM's vocabulary.")
     return tokenizer.vocabulary[token]
 
 

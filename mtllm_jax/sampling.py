@@ -53,7 +53,7 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
         ):
             if not is_good:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be {allowed}.")
 
 
 def next_tokens(

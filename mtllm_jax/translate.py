@@ -21,6 +21,7 @@ from etils import epath
 
 from mtllm_jax import decode, distributed, sharding
 from mtllm_jax.answers import check_output, json_line, new_answers, parts_of, rejects_of
+from mtllm_jax.config import naming
 from mtllm_jax.data import formatting
 from mtllm_jax.data.files import cell_value
 from mtllm_jax.data.tokenise import TranslationTokenizer, translation_tokenizer
@@ -101,9 +102,10 @@ def translate(
         return scan(Path(rows), required=columns, reserved=()).rows
 
     total = distributed.by_first(look)
-    folder = str(distributed.after_first(lambda: locate(model)).folder)
-    check_nllb(folder)
-    tokenizer = translation_tokenizer(local_files(folder))
+    with naming("model", "--"):
+        folder = str(distributed.after_first(lambda: locate(model)).folder)
+        check_nllb(folder)
+        tokenizer = translation_tokenizer(local_files(folder))
     _check_languages(source, targets, tokenizer.languages)
     settings = {
         "model": check_model(folder),

@@ -30,15 +30,15 @@ class Template:
 
     def __init__(self, name: str, tokenizer: TargetTokenizer, system: str = ""):
         if name not in NAMES:
-            raise ValueError(f"template is {name!r}; it may be one of {', '.join(NAMES)}.")
+            raise ValueError(f"--template is {name!r}; it may be one of {', '.join(NAMES)}.")
         if name == "chat" and not tokenizer.has_chat_template:
             raise ValueError(
-                "template is 'chat', but the tokenizer has no chat template; others are"
+                "--template is 'chat', but the tokenizer has no chat template; others are"
                 f" {', '.join(NAMES[1:])}."
             )
         if system and name in ("alpaca", "none"):
             raise ValueError(
-                f"system is {system!r}, for which template {name!r} has no place; 'chat' and"
+                f"--system is {system!r}, for which template {name!r} has no place; 'chat' and"
                 " 'llama2' have one."
             )
         self._name, self._tokenizer, self._system = name, tokenizer, system

@@ -37,13 +37,13 @@ class Filters:
 
     def check(self) -> None:
         """Raise ValueError for what cannot be."""
-        if not 0 <= self.least_length < 1 <= self.most_length:
-            raise ValueError(
-                f"lengths from {self.least_length} to {self.most_length} of the source's cannot be;"
-                " they must be from 0 to below 1, and at least 1."
-            )
-        if not 0 < self.most_copied <= 1:
-            raise ValueError(f"the share {self.most_copied} of copied letters must be in (0, 1].")
+        for name, is_good, allowed in (
+            ("least_length", 0 <= self.least_length < 1, "from 0 to below 1"),
+            ("most_length", self.most_length >= 1, "at least 1"),
+            ("most_copied", 0 < self.most_copied <= 1, "above 0 and at most 1"),
+        ):
+            if not is_good:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be {allowed}.")
 
 
 def reason_against(

@@ -171,11 +171,11 @@ def test_where_an_answer_ends(folder, here, monkeypatch):
         ('{"prompt": "a", "answer": ""}', {}, "there is a column 'answer', which is what answers"),
         ('{"prompt": ""}', {}, "none of the 1 rows .* the first, line 1: the prompt is empty"),
         ('{"prompt": "a"}', {"output": "out.csv"}, r"--output=out\.csv must end in \.jsonl"),
-        ('{"prompt": "a"}', {"template": "chatml"}, "template is 'chatml'; it may be one of chat,"),
-        ('{"prompt": "a"}', {"system": "Be"}, "system is 'Be', for which template 'none' has no"),
-        ('{"prompt": "a"}', {"stop": ("no such",)}, "stop names 'no such', which is not one token"),
-        ('{"prompt": "a"}', {"max_new_tokens": 160}, "max_new_tokens is 160; the context of"),
-        ('{"prompt": "a"}', {"batch_rows": 0}, "batch_rows is 0; it must be at least 1"),
+        ('{"prompt": "a"}', {"template": "chatml"}, "--template is 'chatml'; it may be one of"),
+        ('{"prompt": "a"}', {"system": "Be"}, "--system is 'Be', for which template 'none' has no"),
+        ('{"prompt": "a"}', {"stop": ("no such",)}, "--stop names 'no such', which is not one"),
+        ('{"prompt": "a"}', {"max_new_tokens": 160}, "--max_new_tokens is 160; the context of"),
+        ('{"prompt": "a"}', {"batch_rows": 0}, "--batch_rows is 0; it must be at least 1"),
     ],
 )
 def test_mistakes_are_one_sentence(content, changes, words, folder, here, monkeypatch):
@@ -185,6 +185,17 @@ def test_mistakes_are_one_sentence(content, changes, words, folder, here, monkey
     with pytest.raises(ValueError, match=words) as error:
         answered(folder, "r.jsonl", **changes)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_files_are_looked_at_before_the_model(here):
+    write("r.jsonl", ROWS[:1])
+    for rows, output, words in (
+        ("no.jsonl", "out.jsonl", "no.jsonl does not exist"),
+        ("r.jsonl", "r.jsonl", "--output=r.jsonl exists"),
+        ("r.jsonl", "out.jsonl", r"^--model: /no is not a folder\.$"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            answered("/no", rows, output)
 
 
 # ---------------------------------------------------------------- templates

@@ -221,10 +221,10 @@ def test_logits_that_are_no_numbers_end_an_answer():
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("temperature", -1.0, "temperature is -1.0; it must be 0 or more"),
+        ("temperature", -1.0, "--temperature is -1.0; it must be 0 or more"),
         ("temperature", float("nan"), "temperature is nan"),
         ("top_k", -1, "top_k is -1; it must be 0 or more"),
-        ("top_p", 0.0, "top_p is 0.0; it must be above 0 and at most 1"),
+        ("top_p", 0.0, "--top_p is 0.0; it must be above 0 and at most 1"),
         ("repetition_penalty", 0.0, "repetition_penalty is 0.0; it must be above 0"),
     ],
 )

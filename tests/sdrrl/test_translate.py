@@ -229,8 +229,8 @@ def test_a_stopped_start_goes_on(made):
         ({"rows": "no.jsonl"}, "no.jsonl does not exist"),
         ({"output": "out.csv"}, "--output=out.csv must end in .jsonl"),
         ({"output": "r.jsonl"}, "--output=r.jsonl exists"),
-        ({"filters": Filters(least_length=2.0)}, "they must be from 0 to below 1"),
-        ({"filters": Filters(most_copied=0.0)}, "of copied letters must be in"),
+        ({"filters": Filters(least_length=2.0)}, "--least_length is 2.0; it must be from 0"),
+        ({"filters": Filters(most_copied=0.0)}, "--most_copied is 0.0; it must be above 0"),
     ],
 )
 def test_mistakes_are_one_sentence_each(options, words, made):
