@@ -84,7 +84,7 @@ def evaluate(
         }
         entries = results[f"systems{suffix}"]
         common, differ = compared_languages(list(entries.values()))
-        if differ:
+        if differ and common:
             means = {name: mean_over(entry, common) for name, entry in entries.items()}
             results[f"common{suffix}"] = {"languages": common, "mean": means}
     return results | {"cost": cost}

@@ -350,7 +350,7 @@ class _Page:
         """English, the mean, Latin script against the others, then scripts of several languages."""
         rows = [self.row("English", "", [entries[name]["english"] for name in systems], entries)]
         common, differ = compared_languages(list(entries.values()))
-        if differ:
+        if differ and common:
             values = [mean_over(entries[name], common) for name in systems]
             shared = self.row("languages in common", len(common), values, entries)
             rows.append(shared | {"strong": True})

@@ -90,10 +90,10 @@ def common_languages(entries: Sequence[Entry]) -> list[str]:
 
 
 def compared_languages(entries: Sequence[Entry]) -> tuple[list[str], bool]:
-    """The languages that means of a test's systems are compared over, and whether some system has
-    others too: those common to all, or where there are none, all there are."""
+    """The languages that means of a test's systems are compared over, those common to all, and
+    whether some system has others too. [] and True: no two means are over the same languages."""
     every = {code for entry in entries for code in entry["languages"]}
-    common = common_languages(entries) or sorted(every)
+    common = common_languages(entries)
     return common, len(common) < len(every)
 
 
@@ -262,7 +262,8 @@ def _table(results: Mapping[str, Any], shown: Sequence[str], systems: Sequence[s
     # Of all systems, those of further tables too, so that their rows say one thing.
     common, differ = compared_languages([e for there in tests.values() for e in there.values()])
     if differ:
-        row(f"mean of {len(common)} in common", lambda entry: mean_over(entry, common))
+        if common:
+            row(f"mean of {len(common)} in common", lambda entry: mean_over(entry, common))
         row("mean of its own", lambda entry: entry["mean"], compare=False)
     else:
         row(f"mean of {len(languages)} languages", lambda entry: entry["mean"])

@@ -16,7 +16,7 @@ import pytest
 
 from mtllm_jax.metrics import Console
 from mtllm_jax.report import write_report
-from mtllm_jax.results import results_table
+from mtllm_jax.results import compared_languages, results_table
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "col", "wbr"}
 
@@ -354,3 +354,17 @@ def test_seven_systems_fit_and_means_are_over_the_languages_in_common(tmp_path):
     assert rows["languages in common 2"] == means
     assert rows["its own languages"] == [shown(e["mean"]) for e in results["systems"].values()]
     assert "points, same 2 languages" in page.text and "points, same 24 languages" in page.text
+
+
+def test_means_over_different_languages_are_not_compared(tmp_path):
+    results = fake_results.results(seeds=1)
+    for test in ("systems", "systems_unseen"):
+        for place, entry in enumerate(results[test].values()):
+            codes = list(entry["languages"])[place::4]
+            entry["languages"] = {code: entry["languages"][code] for code in codes}
+    assert compared_languages(list(results["systems"].values())) == ([], True)
+    text = printed(results)
+    assert "mean of its own" in text and "in common" not in text and " languages " not in text
+    rows = {row[0] for row in report(tmp_path, results).rows["systems"]}
+    assert "its own languages" in rows and "Latin script" not in rows
+    assert not any("in common" in row or row.startswith("all languages") for row in rows)

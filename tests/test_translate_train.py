@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import shutil
+import types
 
 import pytest
 import reduced
@@ -11,7 +12,7 @@ from etils import epath
 
 from mtllm_jax.hf.nllb import into_one_language
 from mtllm_jax.metrics import Console
-from mtllm_jax.recipes import translating
+from mtllm_jax.recipes import systems, translating
 from mtllm_jax.recipes.translating import drawn_languages, out_of_english
 
 CODES = ("deu_Latn", "jpn_Jpan", "fra_Latn")
@@ -57,6 +58,29 @@ def test_windows_are_kept_and_none_is_translated_twice(tmp_path, monkeypatch):
     (tmp_path / "00001.jsonl").unlink()
     assert translated(again := Spelling()) == made and again.texts == 6
     assert translated(none := Spelling()) == made and none.texts == 0
+
+
+def test_languages_that_the_translator_lacks_are_named(monkeypatch):
+    known = types.SimpleNamespace(languages=("eng_Latn", "deu_Latn"))
+    monkeypatch.setattr(systems, "has_decoder", lambda folder: True)
+    monkeypatch.setattr(systems, "into_one_language", lambda folder: False)
+    monkeypatch.setattr(systems, "local_files", lambda folder: folder)
+    monkeypatch.setattr(systems, "translation_tokenizer", lambda files: known)
+
+    def told(*codes):
+        said = io.StringIO()
+        settings = types.SimpleNamespace(english="eng_Latn")
+        job = types.SimpleNamespace(config=settings, console=Console(said))
+        task = types.SimpleNamespace(tests={"test": [{"language": code} for code in codes]})
+        return systems._targets(job, "NLLB", task), " ".join(said.getvalue().split())
+
+    assert told("eng_Latn", "deu_Latn") == (("deu_Latn",), "")
+    missing = "jpn_Jpan: NLLB does not know them."
+    assert told("deu_Latn", "jpn_Jpan") == (
+        ("deu_Latn",),
+        f"Translate-train has no rows in {missing}",
+    )
+    assert told("eng_Latn", "jpn_Jpan") == ((), f"Translate-train is left out, for {missing}")
 
 
 @pytest.mark.slow
