@@ -610,6 +610,13 @@ def test_fields_without_effect_are_named(own):
     assert all(f"config.{name}" in idle_fields(everything, given) for name in given)
 
 
+def test_fields_of_systems_that_are_not_asked_for():
+    given = ["evaluation.num_beams", "evaluation.max_new_tokens", "evaluation.llm_languages"]
+    told = idle_fields(config({"evaluation.systems": ["mt_llm"]}), [*given, "probe.limit"])
+    assert all(f"config.{name}" in told for name in [*given, "probe.limit"])
+    assert idle_fields(config({"evaluation.systems": ["translate_train"]}), given) == ""
+
+
 # ---------------------------------------------------------------- the dry run
 
 

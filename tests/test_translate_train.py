@@ -25,8 +25,11 @@ ROWS = [
 class Spelling:
     """A translator that puts the language before a text; of "two" nothing comes in German."""
 
-    def __init__(self):
-        self.texts = 0
+    def __init__(self, weights="these"):
+        self.texts, self.weights = 0, weights
+
+    def digests(self):
+        return {"weights": self.weights, "settings": "all"}
 
     def __call__(self, texts, languages, into):
         assert set(languages) == {"eng_Latn"}
@@ -50,7 +53,7 @@ def test_windows_are_kept_and_none_is_translated_twice(tmp_path, monkeypatch):
         return out_of_english(ROWS, languages, lambda: translator, folder, console)
 
     made = translated(first := Spelling())
-    assert first.texts == 14 and len(list(tmp_path.iterdir())) == 3
+    assert first.texts == 14 and len(list(tmp_path.glob("*.jsonl"))) == 3
     for row, old, code in zip(made, ROWS, languages, strict=True):
         assert row["language"] == code and (row["id"], row["label"]) == (old["id"], old["label"])
         assert row["text"] == f"{code} {old['text']}"
@@ -58,6 +61,13 @@ def test_windows_are_kept_and_none_is_translated_twice(tmp_path, monkeypatch):
     (tmp_path / "00001.jsonl").unlink()
     assert translated(again := Spelling()) == made and again.texts == 6
     assert translated(none := Spelling()) == made and none.texts == 0
+    (tmp_path / "00002.jsonl").unlink()
+    with pytest.raises(ValueError, match="the translator's weights are not those that"):
+        translated(Spelling("others"))
+    assert not (tmp_path / "00002.jsonl").exists()
+    languages = languages[::-1]
+    with pytest.raises(ValueError, match="the translator's languages are not those that"):
+        translated(Spelling())
 
 
 def test_languages_that_the_translator_lacks_are_named(monkeypatch):

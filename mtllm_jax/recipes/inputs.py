@@ -343,7 +343,14 @@ def idle_fields(config: MTLLM, given: Sequence[str]) -> str:
         if system not in systems:
             reasons[field] = f"config.evaluation.systems has no {system}"
     if not {"translate_test", "translate_train"} & set(systems):
-        reasons["translator"] = "config.evaluation.systems has no translate_test"
+        translating = ("translator", "evaluation.num_beams", "evaluation.max_new_tokens")
+        reasons |= dict.fromkeys(translating, "config.evaluation.systems has no translate_test")
+    if not {"llm_zero_shot", "llm_prompted", "translate_train"} & set(systems):
+        reasons["evaluation.llm_languages"] = (
+            "config.evaluation.systems has none that the LLM reads"
+        )
+    if not config.probe.bitext:
+        reasons["probe.limit"] = "config.probe.bitext is empty"
     for stage in () if config.stage1 else ("mntp", "simcse"):
         steps = f"{stage}.training.steps"
         if not getattr(config, stage).training.steps:

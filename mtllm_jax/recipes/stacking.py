@@ -61,7 +61,9 @@ from mtllm_jax.runfolder import changed_since, new_file
 from mtllm_jax.tasks.task import Row, Task, texts_of
 from mtllm_jax.train import Objective, fit
 
-WEIGHTS = "weights.json"  # in a run folder: `tree_hash` of encoder and LLM, as they are read
+# In a run folder: `tree_hash` of encoder and LLM, as they are read; and of what config.stage1 has
+# trained.
+WEIGHTS, STAGE_1 = "weights.json", "stage1.json"
 
 
 @dataclasses.dataclass
@@ -130,13 +132,16 @@ def weights_of(parts: Parts) -> dict[str, str]:
     return {name: tree_hash(nnx.state(model)) for name, model in models.items()}
 
 
-def check_weights(run: epath.Path, weights: dict[str, str], *, write: bool = False) -> None:
+def check_weights(
+    run: epath.Path, weights: dict[str, str], *, write: bool = False, file: str = WEIGHTS
+) -> None:
     """Raise ValueError unless the models are those that a run has begun with.
 
     What was trained is of use with these alone, and a stage that is done no longer looks at them.
-    weights: of `weights_of`. write: where the run has just begun, write them down.
+    weights: of `weights_of`. write: where the run has just begun, write them down. file: of the
+    run's folder, that has them.
     """
-    changed = distributed.by_first(lambda: changed_since(run / WEIGHTS, weights, write=write))
+    changed = distributed.by_first(lambda: changed_since(run / file, weights, write=write))
     if changed:
         raise ValueError(
             f"the weights of {' and '.join(changed)} are not those that {run} was trained with; put"

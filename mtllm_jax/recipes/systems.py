@@ -20,6 +20,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mtllm_jax import distributed, sharding
+from mtllm_jax.checkpoint import tree_hash
 from mtllm_jax.config import MTLLM, SYSTEMS
 from mtllm_jax.data.babel_tfds import TextDataset, build_text
 from mtllm_jax.data.benchmarks import source_language
@@ -123,6 +124,8 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
         if not is_stack(config.stage1):
             stacking.check_weights(epath.Path(config.stage1), weights)
         adapted = stacking.load_adapted(config, parts, job.mesh)
+        learnt = {"stage 1": tree_hash(adapted)}
+        stacking.check_weights(job.run.path, learnt, write=True, file=stacking.STAGE_1)
     else:
         adapted = stacking.general_adaptation(job, parts, english)
 
@@ -293,16 +296,23 @@ def build_systems(job: Job[MTLLM], made: Made) -> Callable[[int], dict[str, Syst
         return not codes or row["language"] in (config.english, *codes)
 
     if "llm_prompted" in wanted:
-        llm, told = _causal_llm(job, made), config.evaluation
-        by_prompt = prompted(
-            told, llm, made.parts.target, task, dtype=config.compute_dtype, mesh=job.mesh
-        )
+        told = config.evaluation
+
+        # It may take another LLM to be read, and answers that are there already take none.
+        @functools.cache
+        def opened() -> Predict:
+            llm, dtype = _causal_llm(job, made), config.compute_dtype
+            return prompted(told, llm, made.parts.target, task, dtype=dtype, mesh=job.mesh)
+
+        def by_prompt(rows: Sequence[Row]) -> list[str]:
+            return opened()(rows)
+
         fixed["llm_prompted"] = System(
             by_prompt,
             by_prompt,
             read_by_llm,
             seeded=False,
-            flops=lambda rows: prompt_flops(told, llm, made.parts.target, task, rows),
+            flops=lambda rows: prompt_flops(told, made.parts.llm, made.parts.target, task, rows),
         )
     # A row of choices has no vector that a linear map could classify.
     if "encoder_linear" in wanted and not task.num_choices:

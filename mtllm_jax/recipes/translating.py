@@ -2,14 +2,17 @@
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from mtllm_jax import distributed
+from mtllm_jax.checkpoint import tree_hash
 from mtllm_jax.config import MTLLM
 from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.tokenise import TranslationTokenizer, translation_tokenizer
@@ -19,10 +22,11 @@ from mtllm_jax.hf.files import local_files
 from mtllm_jax.hf.nllb import load_nllb
 from mtllm_jax.metrics import Console
 from mtllm_jax.models.nllb import NLLB
-from mtllm_jax.runfolder import read_jsonl, write_jsonl
+from mtllm_jax.runfolder import changed_since, read_jsonl, write_jsonl
 from mtllm_jax.tasks.task import Row, texts_in, with_texts
 
 _WINDOW = 2048  # training rows whose translations are written together
+_DIGESTS = "translator.json"  # beside them: what tells the model and its settings from others
 
 # Texts, and the language of each → the texts in English.
 Translate = Callable[[Sequence[str], Sequence[str]], list[str]]
@@ -55,6 +59,12 @@ class Translator:
             mesh=self.mesh,
             batch_size=limits.batch_rows,
         )
+
+    def digests(self) -> dict[str, str]:
+        """What its translations depend on."""
+        limits = self.config.evaluation
+        settings = (limits.max_length, limits.max_new_tokens, limits.num_beams)
+        return {"weights": tree_hash(nnx.state(self.model)), "settings": repr(settings)}
 
     def flops(self, texts: Sequence[str], made: Sequence[str]) -> float:
         """Of these translations, by as many tokens as what was made of each text has."""
@@ -122,7 +132,7 @@ def out_of_english(
     translation comes of.
 
     translate: opens the model, where any row is left. folder: windows of rows are kept in it, so
-    that another start goes on.
+    that another start goes on. ValueError if that is by another model, or into other languages.
     """
     made: list[Row] = []
     opened: Translator | None = None
@@ -131,7 +141,9 @@ def out_of_english(
             path = folder / f"{begin // _WINDOW:05}.jsonl"
             window = slice(begin, begin + _WINDOW)
             if not distributed.by_first(path.exists):
-                opened = opened or translate()
+                if opened is None:
+                    opened = translate()
+                    _check_same(folder, opened, languages)
                 fresh = _translated(rows[window], languages[window], opened)
                 if distributed.is_first():
                     write_jsonl(path, fresh)
@@ -139,6 +151,18 @@ def out_of_english(
             made += read_jsonl(path)
             progress.update(len(made))
     return made
+
+
+def _check_same(folder: epath.Path, opened: Translator, languages: Sequence[str]) -> None:
+    """Raise ValueError unless windows that are there already were translated alike."""
+    drawn = hashlib.sha256(" ".join(languages).encode()).hexdigest()
+    digests = opened.digests() | {"languages": drawn}
+    changed = distributed.by_first(lambda: changed_since(folder / _DIGESTS, digests, write=True))
+    if changed:
+        raise ValueError(
+            f"the translator's {' and '.join(changed)} are not those that {folder} was begun with;"
+            " put them back, or begin in another workdir."
+        )
 
 
 def _translated(rows: Sequence[Row], languages: Sequence[str], translate: Translator) -> list[Row]:
