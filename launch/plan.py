@@ -9,10 +9,10 @@ from absl import flags
 from mtllm_jax import cli
 from mtllm_jax.config import MTLLM
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5e:16x16, v6e:2x4, v5p:4x4x4, a100:8")
-_GPU = flags.DEFINE_integer("gpu", None, "one GPU of 24, 48, 80 or 141 GB")
-_ENCODER = flags.DEFINE_string("encoder", "nllb-600m", "its size, where config.encoder is empty")
-_LLM = flags.DEFINE_string("llm", "", "its size, where config.llm is empty; else the recipe's")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v6e:2x4, v5p:4x4x4, a100:8, h100:8")
+_GPU = flags.DEFINE_integer("gpu", None, "one GPU of 24, 48, 80 or 141 GB; an A100 is a100:1 above")
+_ENCODER = flags.DEFINE_string("encoder", "", "its size, where config.encoder is empty")
+_LLM = flags.DEFINE_string("llm", "", "the same, of config.llm; both are else the recipe's")
 _TEXTS = flags.DEFINE_integer("texts", 1, "texts packed in a row")
 _ANALYTIC = flags.DEFINE_bool("analytic", False, "by arithmetic alone, in seconds")
 _SWEEP = flags.DEFINE_bool("sweep", False, "rank meshes and remat policies, and plan the best")

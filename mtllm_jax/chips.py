@@ -81,19 +81,20 @@ def one_gpu(gigabytes: int) -> Machine:
     """The machine behind --gpu."""
     if gigabytes not in GPUS:
         raise ValueError(
-            f"--gpu is {gigabytes}; it must be one of {', '.join(map(str, GPUS))} (GB)."
+            f"--gpu is {gigabytes}; it must be one of {', '.join(map(str, GPUS))} (GB); of other"
+            " GPUs there is --topology, as in a100:1."
         )
     chip = CHIPS[GPUS[gigabytes]]
     return Machine(f"one {chip.name} of {gigabytes} GB", chip, 1, 0.0)
 
 
 def topology(name: str) -> Machine:
-    """The machine behind --topology: v5e:4x4, v5p:4x4x4, h100:8."""
+    """The machine behind --topology: v5e:4x4, v5p:4x4x4, a100:8, h100:8."""
     match = re.fullmatch(r"(?P<kind>\w+):(?P<dims>\d+(x\d+)*)", name)
     if match is None or match["kind"] not in CHIPS:
         raise ValueError(
             f"--topology is {name!r}; it must be one of {', '.join(CHIPS)} and its chips, as in "
-            "v5e:4x4, v5p:4x4x4 or h100:8."
+            "v5e:4x4, v5p:4x4x4 or a100:8."
         )
     kind, chip = match["kind"], CHIPS[match["kind"]]
     dims = [int(size) for size in match["dims"].split("x")]

@@ -40,8 +40,8 @@ from mtllm_jax.runfolder import write_text
 HEADLINERS = ("mt_llm", "sdrrl")
 
 SYSTEM_NOTES = {
-    "mt_llm": "The frozen MT encoder reads the text and a trained bridge hands it to the LLM, "
-    "which taught itself on English text alone to take it for English. Nothing is translated.",
+    "mt_llm": "The encoder reads the text and a trained bridge hands it to the LLM, which learnt "
+    "to read it on English text alone. Nothing is translated.",
     "llm_zero_shot": "The LLM, tuned for the task on English, reads the foreign text as it is.",
     "mt_encoder": "The MT encoder with a classification head, both tuned for the task on English.",
     "encoder_linear": "A logistic regression on the vectors of the encoder as it is, fitted on "

@@ -17,7 +17,7 @@ from flax import nnx
 from configs.mtllm import RECIPES, llama3_8b, llama3_8b_24gb, mini
 from mtllm_jax import chips, sharding
 from mtllm_jax import config as c
-from mtllm_jax.plan import abstract, compiled, search, sizes
+from mtllm_jax.plan import abstract, compiled, report, search, sizes
 from mtllm_jax.plan.estimate import estimate
 from mtllm_jax.plan.plan import make_plan, numbers, task_stages
 
@@ -90,12 +90,33 @@ def test_published_llms_have_their_number_of_weights(name, millions):
     assert sum(x.size for x in shapes) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "recipe", [name for name in RECIPES if "mini" not in name and name != "e5-smollm2"]
-)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "mini" not in name])
 def test_a_recipe_is_planned_with_the_llm_it_is_named_for(recipe):
     found = sizes.llm_sizes(RECIPES[recipe](), "")
     assert found == next(sizes.LLMS[n] for n in sizes.LLMS if n.split("-")[0] in recipe)
+    encoder = "e5-small" if recipe.startswith("e5-") else "nllb-600m"
+    assert sizes.encoder_sizes(RECIPES[recipe](), "") == sizes.ENCODERS[encoder]
+
+
+@pytest.mark.real
+def test_the_sizes_of_e5_are_those_of_its_folder(mtllm_models):
+    folder = str(mtllm_models / "multilingual-e5-small")
+    config = dataclasses.replace(llama3_8b(), encoder=folder)
+    found = sizes.encoder_sizes(config, "")
+    assert found.eps == pytest.approx(1e-12)
+    assert dataclasses.replace(found, eps=1e-12) == sizes.ENCODERS["e5-small"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(llama3_8b(), stage1="runs/xnli"),
+        search.with_training(llama3_8b(), steps=0),
+    ],
+)
+def test_a_run_without_stage_1_has_no_plan(config):
+    with pytest.raises(ValueError, match="as a plan is of stage 1"):
+        report.run(config, None, None)
 
 
 def test_sizes_come_from_folders_and_from_the_recipe(tmp_path):

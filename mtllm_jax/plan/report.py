@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from mtllm_jax import chips, sharding
-from mtllm_jax.config import MTLLM, naming
+from mtllm_jax.config import MTLLM, naming, require
 from mtllm_jax.metrics import Console, duration, number
 from mtllm_jax.ops.attention import check_attention
 from mtllm_jax.plan import abstract, compiled, search, sizes
@@ -37,6 +37,9 @@ def run(config: MTLLM, options: Options, console: Console) -> None:
     """Plan stage 1 of a recipe and print it. ValueError for what cannot be planned."""
     # Nothing is computed here, and a TPU or GPU that is there is left to others.
     jax.config.update("jax_platforms", "cpu")
+    require(not config.stage1, "stage1", config.stage1, "'', as a plan is of stage 1")
+    steps = config.adaptation.training.steps
+    require(steps >= 1, "adaptation.training.steps", steps, "at least 1, as a plan is of stage 1")
     machine = _machine(options)
     if options.texts < 1:
         raise ValueError(f"--texts is {options.texts}; it must be at least 1.")

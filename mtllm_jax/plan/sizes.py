@@ -45,11 +45,15 @@ def _llama3(width: int, layers: int, heads: int, ffn: int) -> LlamaConfig:
     )
 
 
-# From config.json of facebook/nllb-200-distilled-600M, nllb-200-1.3B and nllb-200-3.3B.
-ENCODERS = {
+# From config.json of facebook/nllb-200-distilled-600M, nllb-200-1.3B and nllb-200-3.3B, and of
+# intfloat/multilingual-e5-small.
+ENCODERS: dict[str, NLLBConfig | BertConfig] = {
     "nllb-600m": _nllb(1024, 12, 4096),
     "nllb-1.3b": _nllb(1024, 24, 8192),
     "nllb-3.3b": _nllb(2048, 24, 8192),
+    "e5-small": BertConfig(
+        vocab_size=250_037, width=384, num_layers=12, num_heads=12, ffn=1536, num_positions=512
+    ),
 }
 # From config.json of meta-llama/Meta-Llama-3-8B and -70B, meta-llama/Llama-2-7b-chat-hf,
 # mistralai/Mistral-7B-Instruct-v0.2, Qwen/Qwen3-8B and HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -110,7 +114,10 @@ LLMS = {
 
 
 def encoder_sizes(config: MTLLM, name: str) -> NLLBConfig | BertConfig:
-    """Of the encoder that the config names a folder of, of the mini NLLB, or of a published one."""
+    """Of the encoder that the config names a folder of, of the mini NLLB, or of a published one.
+
+    name: "" = the one that the recipe is named for, or the paper's.
+    """
     if config.encoder:
         return _encoder_of(config.encoder)
     if config.mini_nllb is not None:
@@ -125,6 +132,7 @@ def encoder_sizes(config: MTLLM, name: str) -> NLLBConfig | BertConfig:
             encoder_ffn=mini.ffn_width,
             decoder_ffn=mini.ffn_width,
         )
+    name = name or _named_for(config.name)[0]
     if name not in ENCODERS:
         raise ValueError(f"--encoder is {name!r}; it must be one of {', '.join(ENCODERS)}.")
     return ENCODERS[name]
@@ -140,7 +148,7 @@ def _encoder_of(folder: str | os.PathLike[str]) -> NLLBConfig | BertConfig:
 def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
     """Of the LLM that the config names a folder of, of the mini Llama, or of a published one.
 
-    name: "" = the one that the recipe's name begins with, or is the beginning of.
+    name: "" = the one that the recipe is named for.
     """
     if config.llm:
         return llama.config_from_hf(read_config(config.llm, LLAMA_FAMILIES))
@@ -155,10 +163,17 @@ def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
             head_width=mini.width // mini.num_heads,
             ffn_width=mini.ffn_width,
         )
-    if not name:
-        recipe = config.name
-        likely = (llm for llm in LLMS if recipe.startswith(llm) or llm.startswith(recipe))
-        name = next(likely, "")
+    name = name or _named_for(config.name)[1]
     if name not in LLMS:
         raise ValueError(f"--llm is {name!r}; it must be one of {', '.join(LLMS)}.")
     return LLMS[name]
+
+
+def _named_for(recipe: str) -> tuple[str, str]:
+    """The encoder and the LLM of a recipe that is called LLM or ENCODER-LLM, the one the beginning
+    of the other's name or the other way round; "" for an LLM that is none of them."""
+    first, _, rest = recipe.partition("-")
+    encoder = next((name for name in ENCODERS if name.partition("-")[0] == first), "")
+    llm = rest if encoder else recipe
+    likely = (name for name in LLMS if llm.startswith(name) or name.startswith(llm))
+    return encoder or next(iter(ENCODERS)), next(likely, "")
