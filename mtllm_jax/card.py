@@ -1,6 +1,5 @@
 """The model card of an exported stack: where it comes from, what it reached, how to load it."""
 
-import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import mtllm_jax
 from mtllm_jax.config import MTLLM
 from mtllm_jax.hf.files import local_files
 from mtllm_jax.recipes import llm2vec
-from mtllm_jax.recipes.finished import FinishedRun, open_run
+from mtllm_jax.recipes.finished import FinishedRun
 from mtllm_jax.results import (
     TEST_NAMES,
     language_name,
@@ -36,7 +35,7 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
     languages: the FLORES-200 codes that the encoder reads. Paths of this machine do not appear:
     a local folder is named by its last part.
     """
-    first = _of_stage_1(run)
+    first = run.first
     bases = [_base("MT encoder", first.encoder, run.config.encoder)]
     bases.append(_base("LLM", first.llm, run.config.llm))
     # Those that the run has trained for its LLM come behind, and are no base.
@@ -87,20 +86,6 @@ def model_card(run: FinishedRun, languages: Sequence[str]) -> str:
             ]
         ),
     )
-
-
-def _of_stage_1(run: FinishedRun) -> MTLLM:
-    """The config that names the models and the text of stage 1: the run's, or that of the run whose
-    stage 1 it has begun with; where that is gone, or was exported, `stage1` says so."""
-    given = run.given
-    if not given.stage1:
-        return given
-    try:
-        return open_run(given.stage1, "adaptation").given
-    except ValueError:
-        models = ("encoder", "llm", "llm_adapters")
-        named = {name: getattr(given, name) or getattr(run.config, name) for name in models}
-        return dataclasses.replace(given, **named)
 
 
 def _base(role: str, name: str, folder: str) -> dict[str, str]:

@@ -144,7 +144,7 @@ def _adapter(
         tuned = teacher.llm
     elif run.config.distillation.start == "stage1+teacher":
         tuned = lora.joined(parts.llm, teacher.llm, tuned)
-    base = run.given.llm or run.config.llm
+    base = run.first.llm or run.config.llm
     if run.adapters:
         # Not a model's name: what takes it for one must fail, not adapt the plain LLM.
         base += f" with {', '.join(run.adapters)} merged, as --format=llama writes it"

@@ -1,15 +1,19 @@
 """A run that begins with another's stage 1, and trains the task with several seeds."""
 
+import dataclasses
 import json
 import shutil
 
 import pandas as pd
 import pytest
 import reduced
+from etils import epath
 
+from configs.mtllm import mini
 from mtllm_jax import cli, config
 from mtllm_jax.config import SYSTEMS
-from mtllm_jax.recipes.finished import begun
+from mtllm_jax.recipes import finished
+from mtllm_jax.recipes.finished import FinishedRun, begun
 from mtllm_jax.recipes.mtllm import idle_fields
 
 # The mini NLLB translates into English alone.
@@ -20,6 +24,21 @@ def accuracy(path, test):
     frame = pd.read_json(path, lines=True)
     frame = frame[(frame["test"] == test) & (frame["language"] != "eng_Latn")]
     return (frame["label"] == frame["prediction"]).groupby(frame["language"]).mean().mean()
+
+
+def test_adapters_are_named_as_the_run_of_stage_1_was_given_them(monkeypatch, tmp_path):
+    def of(folder, adapters, **fields):
+        given = dataclasses.replace(mini(), **fields)
+        read = dataclasses.replace(mini(), llm_adapters=adapters)
+        return FinishedRun(epath.Path(folder), given, read, "t", ("a", "b"), 0)
+
+    adapters = ("/cache/x/snapshots/1", f"{tmp_path}/first/mntp/adapter")
+    first = of(tmp_path / "first", adapters, llm="some/llm", llm_adapters=("some/adapter",))
+    assert first.adapters == ["some/adapter", "mntp/adapter"]
+    monkeypatch.setattr(finished, "open_run", lambda folder, stage: first)
+    second = of(tmp_path / "second", adapters, stage1=f"{tmp_path}/first")
+    assert second.adapters == ["some/adapter", "../first/mntp/adapter"]
+    assert second.first.llm == "some/llm"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Prompts as templates and tokens, and the system that answers by what is likeliest behind them."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from mtllm_jax.config import SYSTEMS, Mesh
 from mtllm_jax.data.tokenise import TargetTokenizer
 from mtllm_jax.data.train_tokenizer import train_llama_tokenizer
 from mtllm_jax.models.llama import Llama
+from mtllm_jax.recipes import systems
 from mtllm_jax.recipes.inputs import idle_fields
 from mtllm_jax.recipes.prompting import prompt_tokens, prompted
 from mtllm_jax.tasks.prompt import PROMPTS, check_prompt, last_words, prompts
@@ -31,6 +33,26 @@ CHOICE = {
     "label": "2",
 }
 LIMITS = mini().evaluation
+
+
+def test_the_llm_is_read_when_it_is_asked(monkeypatch):
+    """Answers that an earlier start has left take none."""
+
+    def read(job, made):
+        raise InterruptedError
+
+    monkeypatch.setattr(systems, "_causal_llm", read)
+    monkeypatch.setattr(systems, "_readers", lambda *_: (None, None))
+    monkeypatch.setattr(systems, "_llm_reader", lambda *_: None)
+    limits = dataclasses.replace(LIMITS, systems=("llm_prompted",))
+    job = types.SimpleNamespace(config=dataclasses.replace(mini(), evaluation=limits))
+    tuned = {0: types.SimpleNamespace(teacher=None, translate_train=None)}
+    made = types.SimpleNamespace(
+        task=task(TEXT), parts=None, tuned=tuned, translator_folder=None, llm_adapters=["a"]
+    )
+    built = systems.build_systems(job, made)(0)
+    with pytest.raises(InterruptedError):
+        built["llm_prompted"].predict([TEXT])
 
 
 @pytest.fixture(scope="module")

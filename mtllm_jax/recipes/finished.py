@@ -47,12 +47,26 @@ class FinishedRun:
     labels: tuple[str, ...]
     num_choices: int
 
+    @functools.cached_property
+    def first(self) -> MTLLM:
+        """The config that names the models and the text of stage 1: the run's, or that of the run
+        whose stage 1 it has begun with; where that is gone, or was exported, `stage1` says so."""
+        if not self.given.stage1:
+            return self.given
+        try:
+            return open_run(self.given.stage1, "adaptation").given
+        except ValueError:
+            models = ("encoder", "llm", "llm_adapters")
+            named = {x: getattr(self.given, x) or getattr(self.config, x) for x in models}
+            return dataclasses.replace(self.given, **named)
+
     @property
     def adapters(self) -> list[str]:
         """What is merged into the LLM in turn: as it was given, then what the run or that of its
         stage 1 has trained for it."""
-        own = self.config.llm_adapters[len(self.given.llm_adapters) :]
-        return [*self.given.llm_adapters, *(os.path.relpath(path, self.path) for path in own)]
+        named = self.first.llm_adapters
+        own = self.config.llm_adapters[len(named) :]
+        return [*named, *(os.path.relpath(path, self.path) for path in own)]
 
     @functools.cached_property
     def results(self) -> dict[str, Any] | None:
