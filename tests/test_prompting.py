@@ -16,7 +16,7 @@ from mtllm_jax.config import SYSTEMS, Mesh
 from mtllm_jax.data.tokenise import TargetTokenizer
 from mtllm_jax.data.train_tokenizer import train_llama_tokenizer
 from mtllm_jax.models.llama import Llama
-from mtllm_jax.recipes import systems
+from mtllm_jax.recipes import inputs, systems
 from mtllm_jax.recipes.inputs import idle_fields
 from mtllm_jax.recipes.prompting import prompt_tokens, prompted
 from mtllm_jax.tasks.prompt import PROMPTS, check_prompt, last_words, prompts
@@ -33,6 +33,27 @@ CHOICE = {
     "label": "2",
 }
 LIMITS = mini().evaluation
+
+
+def test_rows_beyond_the_sliding_window_are_refused_at_the_door(tokenizer, monkeypatch):
+    asked = task(TEXT | {"text": "Kenya is in Africa. " * 40})
+    monkeypatch.setattr(inputs, "local_files", lambda folder: folder)
+    monkeypatch.setattr(inputs, "TargetTokenizer", lambda files: tokenizer)
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    ((prompt, following),) = prompt_tokens(LIMITS, tokenizer, asked, asked.tests["seen"])
+    assert len(prompt) == LIMITS.max_length == 128 and sum(map(len, following)) <= 32
+
+    def check(window):
+        sizes = types.SimpleNamespace(sliding_window=window)
+        monkeypatch.setattr(inputs, "check_llama", lambda folder: sizes)
+        inputs._check_window(mini(), asked, mesh)
+
+    check(None)
+    check(160)
+    with pytest.raises(
+        ValueError, match=r"config\.evaluation\.max_length is 128; .* window of 128"
+    ):
+        check(128)
 
 
 def test_the_llm_is_read_when_it_is_asked(monkeypatch):

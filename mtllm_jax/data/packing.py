@@ -256,17 +256,23 @@ def fitting_lengths(tokens: Mapping[str, int], lengths: Mapping[str, int]) -> di
     }
 
 
+def padded_length(longest: int, ways: int = 1) -> int:
+    """Rounded up to a multiple of 8, of 32 beyond 64: few lengths mean few programs to compile.
+
+    ways: what the length is a multiple of too, as it is cut into so many parts.
+    """
+    return longest + -longest % math.lcm(8 if longest <= 64 else 32, ways)
+
+
 def padded(
     texts: Sequence[np.ndarray], stream: str, pad_id: int, *, rows: int, ways: int = 1
 ) -> dict[str, np.ndarray]:
     """One text per row, padded on the right to `rows` rows.
 
-    Returns {stream}_ids and {stream}_segments, int32 [rows, length]: the longest text's, rounded
-    up to a multiple of 8, of 32 beyond 64. Few lengths mean few programs to compile. ways: what
-    the length is a multiple of too, as it is cut into so many parts.
+    Returns {stream}_ids and {stream}_segments, int32 [rows, length]: the longest text's
+    `padded_length`.
     """
-    longest = max(len(text) for text in texts)
-    length = longest + -longest % math.lcm(8 if longest <= 64 else 32, ways)
+    length = padded_length(max(len(text) for text in texts), ways)
     ids = np.full((rows, length), pad_id, np.int32)
     segments = np.zeros((rows, length), np.int32)
     for i, text in enumerate(texts):

@@ -46,6 +46,7 @@ from mtllm_jax.models.bert import BertConfig
 from mtllm_jax.models.layers import Linear
 from mtllm_jax.models.llama import FAMILIES, Llama, LlamaConfig
 from mtllm_jax.ops.attention import check_attention
+from mtllm_jax.recipes.prompting import longest_row
 from mtllm_jax.runfolder import read_json
 from mtllm_jax.tasks.prompt import check_prompt, kind_of
 from mtllm_jax.tasks.task import Row, Task
@@ -158,6 +159,8 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
         told = f"() or codes among those evaluated, such as {min(evaluated - {config.english})}"
         some = not evaluated.isdisjoint({*by_llm} - {config.english})
         require(some, "evaluation.llm_languages", by_llm, told)
+    if task is not None and config.llm and "llm_prompted" in config.evaluation.systems:
+        _check_window(config, task, mesh)
     if config.translator:
         tokenizers.append(_check_translator(config, sorted(evaluated)))
     if config.legacy_source_order and config.encoder:
@@ -453,6 +456,24 @@ def _check_llm(config: MTLLM) -> None:
     if config.trained == "lora" and config.lora.start:
         with naming("lora.start"):
             _check_start(config, sizes)
+
+
+def _check_window(config: MTLLM, task: Task, mesh: jax.sharding.Mesh) -> None:
+    """A prompt and all that may follow it lie in the LLM's sliding window, if it has one."""
+    if (window := check_llama(config.llm).sliding_window) is None:
+        return
+    limits, tokenizer = config.evaluation, TargetTokenizer(local_files(config.llm))
+    codes = limits.llm_languages
+    asked = {config.english, *codes}
+    rows = [
+        row for test in task.tests.values() for row in test if not codes or row["language"] in asked
+    ]
+    longest = longest_row(limits, tokenizer, task, rows, mesh.shape["context"])
+    why = (
+        f"smaller, as llm_prompted's rows of up to {longest} tokens, a prompt and all that may"
+        f" follow it, must fit the LLM's sliding window of {window}"
+    )
+    require(longest <= window, "evaluation.max_length", limits.max_length, why)
 
 
 def _check_start(config: MTLLM, sizes: LlamaConfig) -> None:

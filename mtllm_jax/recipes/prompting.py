@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from mtllm_jax import sharding
 from mtllm_jax.config import Evaluation
-from mtllm_jax.data.packing import padded
+from mtllm_jax.data.packing import padded, padded_length
 from mtllm_jax.data.pipeline import by_length
 from mtllm_jax.data.tokenise import TargetTokenizer
 from mtllm_jax.evaluation import Predict
@@ -78,6 +78,16 @@ def prompt_tokens(
         (ids[: len(ids) - replaced], following[i * num : (i + 1) * num])
         for i, ids in enumerate(read)
     ]
+
+
+def longest_row(
+    limits: Evaluation, tokenizer: TargetTokenizer, task: Task, rows: Sequence[Row], ways: int
+) -> int:
+    """Positions of a prompt and all that may follow it, at most. ways: that rows are cut into."""
+    tokens = prompt_tokens(limits, tokenizer, task, rows)
+    prompt = max(len(ids) for ids, _ in tokens)
+    following = max(sum(map(len, said)) for _, said in tokens)
+    return padded_length(prompt, ways) + padded_length(following, ways)
 
 
 def prompt_flops(
