@@ -82,6 +82,22 @@ def environment() -> dict[str, str]:
     return kept | hurry | {"PYTHONPATH": str(ROOT)}
 
 
+def launch(
+    script: str, *arguments: object, cwd: Path, stdin: str | None = None
+) -> tuple[int, str, str]:
+    """A script of launch/, run to its end: its exit code, and what it printed to both."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / script, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
 def train(*arguments: str, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """launch/train.py with these arguments, run to its end."""
     return subprocess.run(

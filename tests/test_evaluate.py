@@ -1,10 +1,9 @@
 """launch/evaluate.py: its numbers against pandas and a run's own, its files, what it refuses."""
 
+import functools
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -310,16 +309,7 @@ def test_resource_classes():
 # ---------------------------------------------------------------- a real model, a whole process
 
 
-def launch(*arguments, cwd):
-    done = subprocess.run(
-        [sys.executable, reduced.ROOT / "launch" / "evaluate.py", *map(str, arguments)],
-        cwd=cwd,
-        env=reduced.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
+launch = functools.partial(reduced.launch, "evaluate.py")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """launch/predict.py: files in and out, what is refused or rejected, stopping, several processes."""
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -466,17 +467,7 @@ def test_in_python_rows_come_with_answers_as_they_are_asked_for(made):
 # ---------------------------------------------------------------- real models, whole processes
 
 
-def launch(*arguments, cwd, stdin=None):
-    done = subprocess.run(
-        [sys.executable, reduced.ROOT / "launch" / "predict.py", *map(str, arguments)],
-        cwd=cwd,
-        env=reduced.environment(),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
+launch = functools.partial(reduced.launch, "predict.py")
 
 
 def rows_of(run, count):

@@ -1,24 +1,15 @@
 """A run on prepared rows is, bit for bit, the run that packs the same text itself."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import reduced
 
 
 def launch(script, *arguments, cwd):
-    done = subprocess.run(
-        [sys.executable, reduced.ROOT / "launch" / script, *arguments],
-        cwd=cwd,
-        env=reduced.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
-    return done.stdout
+    code, printed, err = reduced.launch(script, *arguments, cwd=cwd)
+    assert code == 0 and err == "", printed + err
+    return printed
 
 
 def losses(run):

@@ -1,12 +1,11 @@
 """launch/generate.py: prompts in, answers out, what is refused or rejected, stopping, processes."""
 
 import contextlib
+import functools
 import io
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -291,16 +290,7 @@ def test_a_stopped_start_is_gone_on_from_at_the_batch(folder, here, monkeypatch)
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 
-def launch(*arguments, cwd):
-    done = subprocess.run(
-        [sys.executable, reduced.ROOT / "launch" / "generate.py", *map(str, arguments)],
-        cwd=cwd,
-        env=reduced.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
+launch = functools.partial(reduced.launch, "generate.py")
 
 
 def test_missing_flags_are_named_before_anything_is_imported(tmp_path):

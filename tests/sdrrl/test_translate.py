@@ -1,11 +1,10 @@
 """launch/translate.py: what is kept, dropped and rejected, stops, several processes."""
 
+import functools
 import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,17 +264,7 @@ def random_translator(folder):
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def launch(*arguments, cwd):
-    script = reduced.ROOT / "launch" / "translate.py"
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=cwd,
-        env=reduced.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
+launch = functools.partial(reduced.launch, "translate.py")
 
 
 def test_missing_flags_are_named_before_anything_is_imported(tmp_path):
