@@ -4,7 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 # JAX reads these once, at its first import: nothing above may import it. Arrays live on the first
 # device unless a test spreads them, so a test without a mesh does not pay for the other seven.
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import pytest
 import reduced
+from filelock import FileLock
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
@@ -68,21 +69,39 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def mini_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run of the reduced config, finished. Read it, do not change it."""
-    return _finished_run(tmp_path_factory.mktemp("mini") / "run")
+    return _finished_run(tmp_path_factory, "mini", lambda folder: ())
 
 
 @pytest.fixture(scope="session")
 def own_run(tmp_path_factory: pytest.TempPathFactory, mini_run: Path) -> Path:
     """The same with a user's own models (those of `mini_run`), task and text, and by LoRA."""
-    folder = tmp_path_factory.mktemp("own")
-    fields = reduced.own_fields(folder, mini_run)
-    fields |= {"task.name": "continents", "trained": "lora", "lora.rank": "4"}
-    return _finished_run(folder / "run", *reduced.flags(fields))
+
+    def arguments(folder: Path) -> Iterable[str]:
+        fields = reduced.own_fields(folder, mini_run)
+        fields |= {"task.name": "continents", "trained": "lora", "lora.rank": "4"}
+        return reduced.flags(fields)
+
+    return _finished_run(tmp_path_factory, "own", arguments)
 
 
-def _finished_run(folder: Path, *arguments: str) -> Path:
-    workdir = f"--workdir={folder.name}"  # relative, as most are
-    done = reduced.train(*reduced.ARGUMENTS, *arguments, workdir, cwd=folder.parent)
-    if done.returncode or done.stderr:
-        pytest.fail(f"the reduced run ended with {done.returncode}: {done.stdout}{done.stderr}")
-    return folder
+def _finished_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    arguments: Callable[[Path], Iterable[str]],
+) -> Path:
+    """Made once for all workers of this pytest, by the first that asks for it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / name
+    with FileLock(shared / f"{name}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            workdir = "--workdir=run"  # relative, as most are
+            given = (*reduced.ARGUMENTS, *arguments(folder), workdir)
+            done = reduced.train(*given, cwd=folder)
+            if done.returncode or done.stderr:
+                pytest.fail(
+                    f"the reduced run ended with {done.returncode}: {done.stdout}{done.stderr}"
+                )
+    return folder / "run"

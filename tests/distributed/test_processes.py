@@ -124,7 +124,7 @@ def test_a_whole_run_is_the_single_process_one(single, double):
         assert_same_losses(run, wanted, stage)
     assert_same_weights(run, wanted)
     answers = sorted(path.name for path in (wanted / "predictions").iterdir())
-    assert len(answers) == 5
+    assert len(answers) == 6
     for name in answers:
         assert (run / "predictions" / name).read_bytes() == (
             wanted / "predictions" / name
