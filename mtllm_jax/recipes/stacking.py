@@ -57,7 +57,7 @@ from mtllm_jax.models.stack import (
 )
 from mtllm_jax.objectives import Terms, classification, likeness, logits_kl, per_token
 from mtllm_jax.recipes.job import Job
-from mtllm_jax.runfolder import changed_since, new_file
+from mtllm_jax.runfolder import StageFolder, changed_since, new_file
 from mtllm_jax.tasks.task import Row, Task, texts_of
 from mtllm_jax.train import Objective, fit
 
@@ -736,25 +736,44 @@ def task_tuning(job: Job[MTLLM], parts: Parts, task: Task, adapted: nnx.State) -
     with job.stage("distillation", "stage 2b, the task's labels") as stage:
         model = new_student(config, parts, adapted, task.num_outputs, seed)
         graph, trainable, frozen = split(model, is_trained(config))
-        read = functools.cache(lambda: _source_rows(parts, task, task.train, training))
-        trained = fit(
-            stage,
-            "stage 2b",
-            training,
-            objective=tuning_objective(config, graph, task.num_choices),
-            trainable=trainable,
-            frozen=frozen,
-            rows=lambda: read().rows,
-            mesh=job.mesh,
-            seed=seed,
-            console=job.console,
-            watch=job.watch,
-            add=lambda: read().beside({"label": task.label_ids(task.train)}),
-            dev=lambda: _source_rows(parts, task, task.dev, training).data(
-                {"label": task.label_ids(task.dev)}
-            ),
+        objective = tuning_objective(config, graph, task.num_choices)
+        trained = _fit_to_labels(
+            job, stage, "stage 2b", training, parts, task, objective, trainable, frozen, seed
         )
         return nnx.merge(graph, trained, frozen)
+
+
+def _fit_to_labels(
+    job: Job[MTLLM],
+    stage: StageFolder,
+    shown: str,
+    training: Training,
+    parts: Parts,
+    task: Task,
+    objective: Objective,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    seed: int,
+) -> nnx.State:
+    """`fit` of what reads the encoder's tokens to the task's labels."""
+    read = functools.cache(lambda: _source_rows(parts, task, task.train, training))
+    return fit(
+        stage,
+        shown,
+        training,
+        objective=objective,
+        trainable=trainable,
+        frozen=frozen,
+        rows=lambda: read().rows,
+        mesh=job.mesh,
+        seed=seed,
+        console=job.console,
+        watch=job.watch,
+        add=lambda: read().beside({"label": task.label_ids(task.train)}),
+        dev=lambda: _source_rows(parts, task, task.dev, training).data(
+            {"label": task.label_ids(task.dev)}
+        ),
+    )
 
 
 def with_trained(config: MTLLM, model: Any, trained: nnx.State) -> Any:
@@ -940,23 +959,9 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderCla
         model = EncoderClassifier(encoder, head)
         learns = nnx.Any(nnx.PathContains("head"), LoRAParam)
         graph, trainable, frozen = split(model, learns)
-        read = functools.cache(lambda: _source_rows(parts, task, task.train, training))
-        trained = fit(
-            stage,
-            "MT encoder",
-            training,
-            objective=encoder_objective(config, graph, task.num_choices),
-            trainable=trainable,
-            frozen=frozen,
-            rows=lambda: read().rows,
-            mesh=job.mesh,
-            seed=seed,
-            console=job.console,
-            watch=job.watch,
-            add=lambda: read().beside({"label": task.label_ids(task.train)}),
-            dev=lambda: _source_rows(parts, task, task.dev, training).data(
-                {"label": task.label_ids(task.dev)}
-            ),
+        objective = encoder_objective(config, graph, task.num_choices)
+        trained = _fit_to_labels(
+            job, stage, "MT encoder", training, parts, task, objective, trainable, frozen, seed
         )
         return nnx.merge(graph, trained, frozen)
 
