@@ -40,7 +40,9 @@ from mtllm_jax.tasks.task import Task
 @pytest.fixture
 def own(tmp_path: Path, mini_run: Path) -> dict[str, str]:
     """The fields of a run on nothing but one's own: models, task and text."""
-    return reduced.own_fields(tmp_path, mini_run)
+    fields: dict[str, Any] = reduced.own_fields(tmp_path, mini_run)
+    (text,) = fields["adaptation_text"]  # one file, whose name the tests below look for
+    return fields | {"adaptation_text": text}
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
