@@ -30,7 +30,7 @@ def config(fields):
         group = values
         for part in groups:
             group = group[part]
-        group[last] = (value,) if path == "adaptation_text" else value
+        group[last] = value
     return resolve(MTLLM, values)
 
 

@@ -172,7 +172,7 @@ def test_the_same_command_prints_the_table_and_touches_nothing(mini_run, tmp_pat
     for arguments in (reduced.ARGUMENTS, (f"--config={mini_run}/config.json",)):
         done = reduced.train(*arguments, f"--workdir={mini_run}", cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == ""
-        for shown in ("German", "Japanese", "translate test", "accuracy in %", "report.html"):
+        for shown in ("German", "Japanese", "zero-shot", "accuracy in %", "report.html"):
             assert shown in done.stdout
         assert "▶" not in done.stdout
     assert files(mini_run) == before

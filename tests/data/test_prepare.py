@@ -465,7 +465,7 @@ def run_recipe(config, to):
 
 def read_at_the_door(config):
     source = source_tokenizer(config.encoder)
-    return inputs._read_adaptation_text(config, source, None)[0]
+    return inputs._read_adaptation_text(config, source, None, None)[0]
 
 
 @pytest.fixture(scope="module")
