@@ -266,6 +266,31 @@ def scan_layers(
     return h
 
 
+def scan_encoder(
+    stacks: Sequence[Layers | None],
+    h_BSE: Array,
+    segments_BS: Array,
+    *,
+    packed: bool,
+    dropout_key: Array | None,
+    remat: str,
+    unroll: bool,
+) -> Array:
+    """Run an encoder's stacked layers one after the other: its own, and those taken off as `top`,
+    None where there are none. The other arguments are those of `encode` and `scan_layers`."""
+    for layers in filter(None, stacks):
+        h_BSE = scan_layers(
+            layers,
+            lambda layer, h, key: layer(h, segments_BS, key, packed),
+            h_BSE,
+            num_layers=depth(layers),
+            dropout_key=dropout_key,
+            remat=remat,
+            unroll=unroll,
+        )
+    return h_BSE
+
+
 def depth(layers: nnx.Module) -> int:
     """Of stacked layers, their number."""
     return jax.tree.leaves(nnx.state(layers))[0].shape[0]

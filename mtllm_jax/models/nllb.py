@@ -24,11 +24,11 @@ from mtllm_jax.models.layers import (
     LayerNorm,
     biased_linear,
     cut_off_last,
-    depth,
     look_up,
     param,
     positions_in_segment,
     put_together,
+    scan_encoder,
     scan_layers,
     split_key,
 )
@@ -228,16 +228,15 @@ class NLLB(nnx.Module):
         """The encoder's normalised states [B, S, E], computed in `dtype`. packed=False promises one
         text a row, from its first position on."""
         h_BSE = self.embed(ids_BS, positions_in_segment(segments_BS), dtype)
-        for layers in (self.encoder, *([] if self.top is None else [self.top])):
-            h_BSE = scan_layers(
-                layers,
-                lambda layer, h, key: layer(h, segments_BS, key, packed),
-                h_BSE,
-                num_layers=depth(layers),
-                dropout_key=dropout_key,
-                remat=self.config.remat,
-                unroll=self.config.unroll_layers,
-            )
+        h_BSE = scan_encoder(
+            (self.encoder, self.top),
+            h_BSE,
+            segments_BS,
+            packed=packed,
+            dropout_key=dropout_key,
+            remat=self.config.remat,
+            unroll=self.config.unroll_layers,
+        )
         return self.encoder_norm(h_BSE)
 
     def free(self, num: int) -> None:
