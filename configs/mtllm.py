@@ -344,21 +344,21 @@ def e5_smollm2() -> c.MTLLM:
     All values [ours].
     """
     training = c.Training(
-        steps=300,
+        steps=120,
         batch_rows=8,
         learning_rate=1e-3,
         source_length=128,
         target_length=128,
         adam_b2=0.99,
-        checkpoint_every=25,
+        checkpoint_every=20,
     )
-    task = dataclasses.replace(training, steps=150, learning_rate=5e-4)
+    task = dataclasses.replace(training, steps=100, learning_rate=5e-4)
     return dataclasses.replace(
         smollm2(),
         name="e5-smollm2",
         lora=c.LoRA(rank=16, alpha=32, dropout=0.0, targets=("all",)),
-        adaptation=c.Adaptation(training=training),
-        teacher=task,
+        adaptation=c.Adaptation(training=training, bridge_start="embeddings"),
+        teacher=dataclasses.replace(task, steps=60),
         distillation=c.Distillation(training=task, start="stage1+teacher"),
         mt_encoder=dataclasses.replace(task, learning_rate=1e-3),
         evaluation=c.Evaluation(split="test", batch_rows=64, max_length=256, max_new_tokens=128),

@@ -326,6 +326,10 @@ class Adaptation:
     # Of config.adaptation_text's sources: how many of the texts that are drawn are of each, in
     # proportion; () = every text is drawn once.
     mixture: tuple[float, ...] = ()
+    # What the bridge is before the first step. "embeddings": the linear map that is nearest from
+    # the encoder's states to the LLM's embeddings of tokens that end at the same character.
+    bridge_start: Literal["random", "embeddings"] = "random"
+    bridge_batches: int = 100  # of stage 1's batches, that it is solved from
     dev_texts: int = 500  # held out of the English text, where training.evaluate_every is not 0
 
     def check(self) -> None:
@@ -337,9 +341,18 @@ class Adaptation:
         weights = self.mixture
         require(all(w > 0 for w in weights), "adaptation.mixture", weights, "weights above 0")
         require(self.dev_texts >= 1, "adaptation.dev_texts", self.dev_texts, "at least 1")
-        if self.objective.per_token:
-            why = "0 with adaptation.objective.per_token, as sampled pieces do not tell their place"
+        batches = self.bridge_batches
+        require(batches >= 1, "adaptation.bridge_batches", batches, "at least 1")
+        if self.aligned_by:
+            why = f"0 with adaptation.{self.aligned_by}, as sampled pieces do not tell their place"
             require(not alpha, "adaptation.subword_sampling", alpha, why)
+
+    @property
+    def aligned_by(self) -> str:
+        """The field that asks which tokens of both sides end together; "" = none does."""
+        if self.objective.per_token:
+            return "objective.per_token"
+        return "" if self.bridge_start == "random" else "bridge_start"
 
 
 @dataclass(frozen=True)
@@ -725,6 +738,10 @@ class MTLLM:
                 "1 with adaptation.objective.per_token, which compares the encoder's own positions"
             )
             require(stride == 1, "bridge.stride", stride, why)
+        if self.adaptation.bridge_start != "random":
+            why = "with adaptation.bridge_start, which solves for one linear map"
+            require(stride == 1, "bridge.stride", stride, f"1 {why}")
+            require(self.bridge.hidden == 0, "bridge.hidden", self.bridge.hidden, f"0 {why}")
         if "mntp.training" in self.stages():
             steps, allowed = self.mntp.training.steps, "0 where config.bidirectional is False"
             require(self.bidirectional, "mntp.training.steps", steps, allowed)
@@ -751,7 +768,8 @@ class MTLLM:
     def reads_english(self) -> bool:
         """Whether a stage learns from English text: stage 1, or what prepares the LLM for it."""
         learning = (self.mntp, self.simcse, self.adaptation)
-        return not self.stage1 and any(group.training.steps for group in learning)
+        steps = any(group.training.steps for group in learning)
+        return not self.stage1 and (steps or self.adaptation.bridge_start != "random")
 
     def uses_embedded_text(self) -> bool:
         """Whether anything is trained or evaluated on the text that comes with this package."""

@@ -98,19 +98,28 @@ def per_token(
     it is compared with, or 0.
     """
     N = valid_BN.shape[1]
-    texts_N = jnp.arange(1, N + 1)[None, :, None]
-    start_BN = jnp.argmax(target_segments_BT[:, None] == texts_N, axis=2)
-    start_BS = jnp.take_along_axis(start_BN, jnp.maximum(source_segments_BS - 1, 0), axis=1)
-    is_aligned_BS = (aligned_BS > 0) & (source_segments_BS > 0)
-    place_BS = jnp.where(is_aligned_BS, start_BS + aligned_BS - 1, 0)
+    is_aligned_BS, place_BS = aligned_places(aligned_BS, source_segments_BS, target_segments_BT, N)
     wanted_BSD = jnp.take_along_axis(teacher_BTD, place_BS[:, :, None], axis=1)
     difference_BSD = student_BSD.astype(jnp.float32) - wanted_BSD.astype(jnp.float32)
     error_BS = jnp.mean(jnp.square(difference_BSD), axis=-1)
+    texts_N = jnp.arange(1, N + 1)[None, :, None]
     member_BNS = (source_segments_BS[:, None] == texts_N) & is_aligned_BS[:, None]
     sums_BN = jnp.einsum("bns,bs->bn", member_BNS.astype(jnp.float32), error_BS)
     error_BN = sums_BN / jnp.maximum(jnp.sum(member_BNS, axis=2), 1)
     valid_BN = valid_BN.astype(jnp.float32)
     return jnp.sum(error_BN * valid_BN), jnp.sum(valid_BN)
+
+
+def aligned_places(
+    aligned_BS: Array, source_segments_BS: Array, target_segments_BT: Array, num_texts: int
+) -> tuple[Array, Array]:
+    """Which source positions have an aligned token, bool [B, S], and its place among the row's
+    target positions, int32 [B, S]; 0 without one. aligned_BS: as in `per_token`."""
+    texts_N = jnp.arange(1, num_texts + 1)[None, :, None]
+    start_BN = jnp.argmax(target_segments_BT[:, None] == texts_N, axis=2)
+    start_BS = jnp.take_along_axis(start_BN, jnp.maximum(source_segments_BS - 1, 0), axis=1)
+    is_aligned_BS = (aligned_BS > 0) & (source_segments_BS > 0)
+    return is_aligned_BS, jnp.where(is_aligned_BS, start_BS + aligned_BS - 1, 0)
 
 
 def logits_kl(

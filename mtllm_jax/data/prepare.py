@@ -62,22 +62,22 @@ class Maker:
     samplings: int
     seed: int
     mixture: tuple[float, ...] = ()  # weights of the texts' sources; () = by their sizes
-    per_token: bool = False  # whether rows tell which tokens of both sides end together
+    aligns: bool = False  # whether rows tell which tokens of both sides end together
 
     @property
     def lengths(self) -> dict[str, int]:
-        beside = {packing.ALIGNED: self.source_length} if self.per_token else {}
+        beside = {packing.ALIGNED: self.source_length} if self.aligns else {}
         return {"source": self.source_length, "target": self.target_length} | beside
 
     @property
     def pad_ids(self) -> dict[str, int]:
-        beside = {packing.ALIGNED: 0} if self.per_token else {}
+        beside = {packing.ALIGNED: 0} if self.aligns else {}
         return {"source": self.source.pad_id, "target": self.target.pad_id} | beside
 
     def window(self, window: Window) -> tuple[list[bytes], Counts]:
         """Tokenise and pack one window. Texts with nothing in them for one side are left out."""
         place, texts, numbers = window
-        if self.per_token:
+        if self.aligns:
             sides, (cut_sources, cut_targets) = self._encode_aligned(texts)
         else:
             sources, cut_sources = encode_cut(
@@ -180,7 +180,7 @@ def maker_of(config: MTLLM, source: SourceTokenizer, target: TargetTokenizer, se
         samplings=adaptation.samplings,
         seed=seed,
         mixture=adaptation.mixture,
-        per_token=adaptation.objective.per_token > 0,
+        aligns=bool(adaptation.aligned_by),
     )
 
 

@@ -22,7 +22,7 @@ from mtllm_jax.data.packing import ALIGNED, Counts, Rows
 from mtllm_jax.runfolder import read_json
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 # What decides the rows of a text, as the manifest names it, and the config's field.
 _FIELDS = {
@@ -33,7 +33,7 @@ _FIELDS = {
     "legacy_source_order": "legacy_source_order",
     "subword_sampling": "adaptation.subword_sampling",
     "samplings": "adaptation.samplings",
-    "per_token": "adaptation.objective.per_token above 0:",
+    "aligns": "adaptation.objective.per_token or bridge_start, which align tokens:",
 }
 _TOKENIZERS = {"source_tokenizer": "encoder", "target_tokenizer": "llm"}
 
@@ -43,7 +43,7 @@ _COUNTS = {"texts": int, "dropped": int, "truncated": _SIDES, "rows": int, "toke
 _MADE_FROM = dict.fromkeys((*_FIELDS, *_TOKENIZERS), object) | {
     "source_length": int,
     "target_length": int,
-    "per_token": bool,
+    "aligns": bool,
     "pad_ids": _SIDES,
 }
 _SHARD = {
@@ -115,7 +115,7 @@ class Prepared:
                 ]
             ),
             lengths={side: made_from[f"{side}_length"] for side in ("source", "target")}
-            | ({ALIGNED: made_from["source_length"]} if made_from["per_token"] else {}),
+            | ({ALIGNED: made_from["source_length"]} if made_from["aligns"] else {}),
             pad_ids=made_from["pad_ids"],
             most_texts=max(shard["most_texts"] for shard in shards),
             counts=self.counts,

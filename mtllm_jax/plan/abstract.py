@@ -113,7 +113,7 @@ def stage_1(config: MTLLM, encoder: Encoder, llm: LlamaConfig, texts: int = 1) -
     )
     B, S, T = training.batch_rows, training.source_length, training.target_length
     shapes = {"source_ids": S, "source_segments": S, "target_ids": T, "target_segments": T}
-    if config.adaptation.objective.per_token:
+    if config.adaptation.aligned_by:
         shapes["aligned_ids"] = S
     batch = {
         name: jax.ShapeDtypeStruct((B, length), jnp.int32)

@@ -511,8 +511,8 @@ def _check_encoder(config: MTLLM) -> SourceTokenizer:
     if alpha := config.adaptation.subword_sampling:
         with naming("adaptation.subword_sampling"):
             tokenizer.encode(["a"], config.english, sampling_alpha=alpha)
-    if config.adaptation.objective.per_token:
-        with naming("adaptation.objective.per_token"):
+    if field := config.adaptation.aligned_by:
+        with naming(f"adaptation.{field}"):
             tokenizer.encode_ends(["a"], config.english)
     return tokenizer
 

@@ -53,8 +53,8 @@ def run(config: MTLLM, to: str, *, workers: int, fit_lengths: bool, console: Con
     if alpha := config.adaptation.subword_sampling:
         with naming("adaptation.subword_sampling"):
             source.encode(["a"], config.english, sampling_alpha=alpha)
-    if config.adaptation.objective.per_token:
-        with naming("adaptation.objective.per_token"):
+    if field := config.adaptation.aligned_by:
+        with naming(f"adaptation.{field}"):
             source.encode_ends(["a"], config.english)
     task = read_task(config, source.languages) if config.task.given else None
     texts, note = unseen_texts(config, task, read_probe(config, source.languages))

@@ -56,6 +56,7 @@ from mtllm_jax.models.stack import (
     segment_mean,
 )
 from mtllm_jax.objectives import Terms, classification, likeness, logits_kl, per_token
+from mtllm_jax.recipes.bridge_start import begin_bridge
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.runfolder import StageFolder, changed_since, new_file
 from mtllm_jax.tasks.task import Row, Task, texts_of
@@ -306,35 +307,38 @@ def general_adaptation(
     of 0 steps, which read none, what would have been."""
     config, seed = job.config, job.stage_seed("adaptation")
     training = config.adaptation.training
+
+    @functools.cache
+    def split_rows() -> tuple[Rows, Rows]:
+        assert english is not None
+        return _held_out_rows(config, parts, english, seed)
+
+    @functools.cache
+    def rows() -> Rows:
+        assert english is not None
+        if training.evaluate_every:
+            packed, _ = split_rows()
+        else:
+            packed = adaptation_rows(config, parts, english, seed)
+        job.console.print(packed.told())
+        return packed
+
+    def flops(packed: Rows) -> Flops:
+        step = FlopsBatch(
+            rows=training.batch_rows,
+            source_length=training.source_length,
+            target_length=training.target_length,
+            texts=packed.counts.texts / packed.counts.rows,
+            source_fill=packed.fill["source"],
+            target_fill=packed.fill["target"],
+        )
+        sizes = parts.encoder.config, parts.llm.config
+        return adaptation_flops(trainable, frozen, *sizes, step, config.bridge.stride)
+
+    stack = build_stack(config, parts, seed, config.lora.start)
+    if config.adaptation.bridge_start == "embeddings":
+        begin_bridge(job, stack, rows, seed)
     with job.stage("adaptation", "stage 1, general adaptation") as stage:
-
-        @functools.cache
-        def split_rows() -> tuple[Rows, Rows]:
-            assert english is not None
-            return _held_out_rows(config, parts, english, seed)
-
-        def rows() -> Rows:
-            assert english is not None
-            if training.evaluate_every:
-                packed, _ = split_rows()
-            else:
-                packed = adaptation_rows(config, parts, english, seed)
-            job.console.print(packed.told())
-            return packed
-
-        def flops(packed: Rows) -> Flops:
-            step = FlopsBatch(
-                rows=training.batch_rows,
-                source_length=training.source_length,
-                target_length=training.target_length,
-                texts=packed.counts.texts / packed.counts.rows,
-                source_fill=packed.fill["source"],
-                target_fill=packed.fill["target"],
-            )
-            sizes = parts.encoder.config, parts.llm.config
-            return adaptation_flops(trainable, frozen, *sizes, step, config.bridge.stride)
-
-        stack = build_stack(config, parts, seed, config.lora.start)
         graph, trainable, frozen = split(stack, is_trained(config))
         teacher_graph, teacher = nnx.split(parts.llm)
         return fit(

@@ -123,7 +123,7 @@ def test_rows_hold_each_text_as_both_sides_read_it(maker, texts):
 
 def test_tokens_of_both_sides_that_end_together(maker):
     """Against the texts that tokens stand for: up to there both sides have read the same."""
-    told = dataclasses.replace(maker, per_token=True)
+    told = dataclasses.replace(maker, aligns=True)
     rows, plain = make_rows(told, LISTS), make_rows(maker, LISTS)
     assert rows.lengths == plain.lengths | {"aligned": 48} and rows.fill.keys() == plain.fill.keys()
 
@@ -196,7 +196,7 @@ def test_lengths_that_follow_the_texts(maker):
         {},
         {"packing": False},
         {"samplings": 2, "subword_sampling": 0.2},
-        {"per_token": True},
+        {"aligns": True},
     ],
 )
 def test_prepared_rows_are_those_on_the_fly(tmp_path, maker, texts, changes):
@@ -503,7 +503,7 @@ def test_fitted_lengths_come_with_the_flags_that_take_them(folder, tmp_path):
         ),
         (
             {"adaptation__objective__per_token": 0.5},
-            "objective.per_token above 0: False, here it is True; set it so, or prepare again",
+            "bridge_start, which align tokens: False, here it is True; set it so, or prepare again",
         ),
         (
             {"adaptation__training__source_length": 64},
