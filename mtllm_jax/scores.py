@@ -101,14 +101,15 @@ def compare(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
     right_theirs = (both["label"] == both["prediction_theirs"]).to_numpy(int)
     gained, lost = int(np.sum(right > right_theirs)), int(np.sum(right < right_theirs))
     change = pd.DataFrame({"id": both["id"], "right": right - right_theirs})
-    by_item = change.groupby("id")["right"].sum().to_numpy()
+    items = change.groupby("id")["right"].agg(["sum", "size"])
+    by_item = items["sum"].to_numpy()
     # Of items in which they are level nothing is learnt; none of the others is no difference.
     better, worse = int(np.sum(by_item > 0)), int(np.sum(by_item < 0))
     p = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
     return {
         "rows": len(both),
         "difference": float(change["right"].mean()),
-        "interval": _interval(by_item, len(both)),
+        "interval": _interval_of_items(items[["sum"]].to_numpy(), items[["size"]].to_numpy()),
         "only_ours": gained,
         "only_theirs": lost,
         "p": float(p),
@@ -157,24 +158,38 @@ def _interval_of_mean(hits: pd.DataFrame) -> list[float] | None:
     """Of the mean over languages: what is drawn are items, each with all its languages."""
     if hits.empty:
         return None
-    rows_of = hits.groupby("language")["right"].transform("size")
-    shares = hits["right"] / rows_of / hits["language"].nunique()
-    by_item = shares.groupby(hits["id"]).sum().to_numpy()
-    return _interval(by_item, 1)
+    asked = pd.crosstab(hits["id"], hits["language"])
+    right = hits.pivot_table("right", "id", "language", aggfunc="sum", fill_value=0.0)
+    return _interval_of_items(right.to_numpy(float), asked.to_numpy(float))
 
 
-def _interval(values: np.ndarray, count: int | None = None) -> list[float]:
-    """95 % interval of the sum of `values` over `count` (None: of their mean)."""
-    scale = len(values) / count if count is not None else 1.0
-    if np.ptp(values) == 0.0:  # every resample is the same
-        return [float(values.mean() * scale)] * 2
+def _interval_of_items(values_IL: np.ndarray, counts_IL: np.ndarray) -> list[float]:
+    """95 % interval of the mean over columns of Σ values / Σ counts, I items being drawn. Columns
+    of which a resample has nothing are no part of its mean."""
+
+    def mean(drawn_I: np.ndarray) -> float:
+        times_I = np.bincount(drawn_I, minlength=len(values_IL))
+        counts_L = times_I @ counts_IL
+        return float(np.mean((times_I @ values_IL)[counts_L > 0] / counts_L[counts_L > 0]))
+
+    return _bootstrap(np.arange(len(values_IL)), mean, vectorized=False)
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    """95 % interval of the mean."""
+    return _bootstrap(values, np.mean, batch=100)  # resamples in memory at a time
+
+
+def _bootstrap(drawn: np.ndarray, statistic: Callable[..., Any], **options: Any) -> list[float]:
+    if len(drawn) == 1 or (drawn == drawn[0]).all():  # every resample is the same
+        return [float(statistic(drawn))] * 2
     found = scipy.stats.bootstrap(
-        (values,),
-        np.mean,
+        (drawn,),
+        statistic,
         n_resamples=RESAMPLES,
-        batch=100,  # resamples in memory at a time
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(0),
+        **options,
     ).confidence_interval
-    return [float(found.low * scale), float(found.high * scale)]
+    return [float(found.low), float(found.high)]

@@ -102,6 +102,24 @@ def test_all_right_has_an_interval_of_no_width():
     assert scores.entry([table], "eng_Latn")["interval"] == pytest.approx([1.0, 1.0])
 
 
+def test_items_may_lack_languages():
+    """What is drawn changes how many rows a language has, and its accuracy is of those it has."""
+    rng = np.random.default_rng(6)
+    table = answers(5, {"deu_Latn": 150, "fra_Latn": 150})
+    table = table[(table["language"] == "deu_Latn") | (table["id"].astype(int) % 3 == 0)]
+    low, high = scores.entry([table], "eng_Latn")["interval"]
+    right = table.assign(right=table["label"] == table["prediction"])
+    items = [rows for _, rows in right.groupby("id")]
+    means = []
+    for _ in range(300):
+        drawn = pd.concat([items[i] for i in rng.integers(0, len(items), len(items))])
+        means.append(drawn.groupby("language")["right"].mean().mean())
+    # Their 300 and our 1000 resamples find a quantile within some 0.3 deviations together.
+    wanted = np.quantile(means, [0.025, 0.975])
+    assert np.allclose([low, high], wanted, atol=0.35 * np.std(means))
+    assert scores.entry([table.assign(prediction=table["label"])], "eng_Latn")["interval"] == [1, 1]
+
+
 def test_two_systems_are_compared_on_common_rows():
     ours, theirs = (answers(seed, {"deu_Latn": 120, "jpn_Jpan": 120}) for seed in (3, 4))
     theirs = theirs[theirs["id"] != "7"].sample(frac=1.0, random_state=0)  # two less, in any order
