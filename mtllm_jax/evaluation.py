@@ -1,11 +1,13 @@
 """Systems on held-out rows of every language, and what each costs."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from etils import epath
 
 from mtllm_jax import distributed, scores
 from mtllm_jax.metrics import Console, Progress
@@ -15,7 +17,9 @@ from mtllm_jax.tasks.task import TEXTS, Row, Task
 
 Predict = Callable[[Sequence[Row]], list[str]]
 
-_TIMED_ROWS = 2048  # sequences per second are measured on about this many, after a first pass
+# Sequences per second are measured on this many rows or a little more, after a first pass; on few
+# alone where that took long.
+_TIMED_ROWS, _FEW_ROWS, _LONG_SECONDS = 2048, 256, 10.0
 _KEPT = ("id", "language", *TEXTS, "label")  # of a row, beside the prediction
 
 
@@ -43,12 +47,14 @@ def evaluate(
     english: str,
     run: RunFolder,
     console: Console,
+    piece_rows: int = sys.maxsize,
 ) -> dict[str, Any]:
     """Scores of every system on every test, and sequences/s; predictions go to the run folder.
 
     systems_of: the systems trained with a seed, by name; asked for one seed at a time. The answers
     of the first seed are in predictions/NAME.jsonl, those of others in predictions/seed-N/. Answers
     that an earlier start has left are taken from there. Test labels are read here and nowhere else.
+    piece_rows: a system is asked for so many rows at a time, and what it answered is kept.
 
     Returns the part of results.json that is about systems: "metric", "majority", "systems", "cost"
     (of the first seed's systems: "sequences_per_second", and "flops_per_example" without paddings),
@@ -66,7 +72,7 @@ def evaluate(
             place = name if seed == seeds[0] else f"seed-{seed}/{name}"
             known = None if system.seeded or name not in answers else answers[name][0]
             answers.setdefault(name, []).append(
-                _answers(task, system, place, run, progress, number * rows, known)
+                _answers(task, system, place, run, progress, number * rows, known, piece_rows)
             )
             if seed == seeds[0] and system.timed is not None:
                 timed_rows = _timed_rows(task, system, english)
@@ -98,6 +104,7 @@ def _answers(
     progress: Progress,
     done: int,
     known: pd.DataFrame | None,
+    piece_rows: int,
 ) -> pd.DataFrame:
     """The test rows with a system's prediction: of an earlier start, or made and written now.
     known: what they are, where another seed's are the same."""
@@ -108,16 +115,28 @@ def _answers(
         run.write_jsonl(path, known.to_dict("records"))
         return known
     written: list[dict[str, str]] = []
+    pieces = epath.Path(f"evaluation/pieces/{place}")
     for test, every in task.tests.items():
         rows = [row for row in every if system.covers(row)]
-        predictions = system.predict(rows)
-        written += [
-            {name: row[name] for name in _KEPT if name in row}
-            | {"prediction": prediction, "test": test}
-            for row, prediction in zip(rows, predictions, strict=True)
-        ]
-        progress.update(done + len(written))
+        for first in range(0, len(rows), piece_rows):
+            piece = rows[first : first + piece_rows]
+            # Whole tests are written where they belong, when all of them are there.
+            file = pieces / f"{test}-{first}.jsonl" if len(piece) < len(rows) else None
+            if file is not None and distributed.by_first((run.path / file).exists):
+                predictions = run.read_jsonl(str(file))
+            else:
+                predictions = system.predict(piece)
+                if file is not None:
+                    run.write_jsonl(str(file), predictions)
+            written += [
+                {name: row[name] for name in _KEPT if name in row}
+                | {"prediction": prediction, "test": test}
+                for row, prediction in zip(piece, predictions, strict=True)
+            ]
+            progress.update(done + len(written))
     run.write_jsonl(path, written)
+    if distributed.is_first() and (run.path / pieces).exists():
+        (run.path / pieces).rmtree()
     return pd.DataFrame(written)
 
 
@@ -125,13 +144,21 @@ def _cost(predict: Predict, timed: Sequence[Row], name: str, run: RunFolder) -> 
     path = f"evaluation/{name}.json"
     if distributed.by_first((run.path / path).exists):
         return dict(run.read_json(path))
-    predict(timed)
-    started = time.perf_counter()
-    predict(timed)
-    seconds = time.perf_counter() - started
-    cost = distributed.by_first(lambda: {"sequences_per_second": round(len(timed) / seconds, 1)})
+    few = timed[:: -(-len(timed) // _FEW_ROWS)]
+    first = _seconds(predict, few)
+    if distributed.by_first(lambda: first) < _LONG_SECONDS:
+        few = timed
+        predict(few)
+    seconds = _seconds(predict, few)
+    cost = distributed.by_first(lambda: {"sequences_per_second": round(len(few) / seconds, 1)})
     run.write_json(path, cost)
     return cost
+
+
+def _seconds(predict: Predict, rows: Sequence[Row]) -> float:
+    started = time.perf_counter()
+    predict(rows)
+    return time.perf_counter() - started
 
 
 def _timed_rows(task: Task, system: System, english: str) -> list[Row]:

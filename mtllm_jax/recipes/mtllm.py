@@ -35,6 +35,7 @@ from mtllm_jax.watch import Watch
 __all__ = ["dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
 
 ROWS = "rows.json"  # in a run folder: SHA-256 of the task's rows
+_PIECE_BATCHES = 32  # of an evaluation's rows, after which what is answered is kept
 
 TRAINED_STAGES = {
     "mini_nllb": "mini NLLB",
@@ -72,6 +73,8 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
             english=config.english,
             run=folder,
             console=console,
+            # Some minutes' work on a slow machine; a task of few rows is one piece.
+            piece_rows=_PIECE_BATCHES * config.evaluation.batch_rows,
         )
     results = {"task": made.task.name, "seeds": list(config.task_seeds)} | scores
     if config.distillation.learns == "labels":
