@@ -18,6 +18,9 @@ from mtllm_jax.data.pipeline import by_length
 Forward = Callable[[Any, Array, Array], Array]
 
 
+_AHEAD = 2  # batches that are dispatched while one is computed
+
+
 class Vectors:
     """A forward pass as a function from tokenised texts to float32 vectors, [texts, D] or more.
 
@@ -61,10 +64,13 @@ class Vectors:
                 for row, place in enumerate(places):
                     rows["text_segments"][row, : len(marks[place])] = marks[place]
             batch = sharding.place_batch(rows, self._mesh)
-            # Dispatch does not wait: the next batch is padded while this one is computed.
+            # Dispatch does not wait: the next batch is padded while this one is computed. But what
+            # is dispatched is computed to its end, also where the process is asked to stop.
             pending.append(
                 (places, self._forward(self._state, batch["text_ids"], batch["text_segments"]))
             )
+            if len(pending) > _AHEAD:
+                pending[-1 - _AHEAD][1].block_until_ready()
         width = pending[0][1].shape[1:]
         result = np.empty((len(texts), *width), np.float32)
         for places, vectors in pending:
