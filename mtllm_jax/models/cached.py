@@ -1,7 +1,7 @@
 """A Llama that reads on, token after token: keys and values of what it has read are kept.
 
 B rows, S positions of prompts, C slots of a cache, D width, N query heads, K key/value heads,
-G = N / K, H head width.
+G = N / K, H head width, V vocabulary.
 
 The layers lie apart here: of stacked weights each layer's would be copied at every token.
 """
@@ -106,7 +106,12 @@ class CachedLlama:
         return self._logits(h_B1D), cache._replace(layers=tuple(kept))
 
     def _logits(self, h_B1D: Array) -> Array:
-        return self._model.logits(self._model.norm(h_B1D))[:, 0]
+        h_BD = self._model.norm(h_B1D)[:, 0]
+        kernel_VD = self._model.output_kernel().astype(h_BD.dtype)
+        logits_VB = jnp.einsum("vd,bd->vb", kernel_VD, h_BD, preferred_element_type=jnp.float32)
+        # Few rows times a large matrix take XLA's CPU half as long again the other way round, and
+        # without a barrier the compiler turns the product back.
+        return jax.lax.optimization_barrier(logits_VB).T
 
 
 def _after_reading(layer: LlamaLayers, h_BTD: Array, read: Array) -> Array:
