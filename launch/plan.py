@@ -39,4 +39,4 @@ def main(config: MTLLM) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_main(main, __doc__, lambda values: MTLLM, resumes=lambda: False)
+    cli.run_main(main, __doc__, cli.of_mtllm, resumes=lambda: False)

@@ -40,4 +40,4 @@ def main(config: MTLLM) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_main(main, __doc__, lambda values: MTLLM)
+    cli.run_main(main, __doc__, cli.of_mtllm)

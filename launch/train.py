@@ -1,5 +1,7 @@
 """Train by a recipe: python launch/train.py --config=configs/mtllm.py[:NAME] [--config.seed=1 ...]
 
+Recipes are configs/mtllm.py and configs/sdrrl.py.
+
 The same command again goes on where it stopped; on a finished run it prints the table.
 """
 
@@ -11,7 +13,7 @@ from absl import flags
 from etils import epath
 
 from mtllm_jax import cli, distributed
-from mtllm_jax.config import MTLLM
+from mtllm_jax.config import MTLLM, SDRRL
 from mtllm_jax.runfolder import RunFolder, finished_results
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run (runs/RECIPE-NAME)")
@@ -21,7 +23,10 @@ _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "write event files in eac
 _WANDB = flags.DEFINE_string("wandb", "", "project of Weights & Biases that metrics go to")
 _PROFILE = flags.DEFINE_string("profile", None, "steps to be profiled, as adaptation:100-110")
 
-RECIPES = {"mtllm": (MTLLM, "mtllm_jax.recipes.mtllm")}
+RECIPES: dict[str, tuple[type[MTLLM] | type[SDRRL], str]] = {
+    "mtllm": (MTLLM, "mtllm_jax.recipes.mtllm"),
+    "sdrrl": (SDRRL, "mtllm_jax.recipes.sdrrl"),
+}
 
 
 def schema(values: Mapping[str, Any]) -> type:
@@ -32,7 +37,7 @@ def schema(values: Mapping[str, Any]) -> type:
     return RECIPES[recipe][0]
 
 
-def main(config: MTLLM) -> None:
+def main(config: MTLLM | SDRRL) -> None:
     """Run the recipe in its folder, or show what a finished run found; as one of several processes
     where the environment says so."""
     values = cli.to_dict(config)
@@ -53,7 +58,7 @@ def main(config: MTLLM) -> None:
     recipe = importlib.import_module(RECIPES[config.recipe][1])
     profile = parse_profile(_PROFILE.value) if _PROFILE.value else None
     watch = Watch(tensorboard=_TENSORBOARD.value, wandb=_WANDB.value, profile=profile)
-    watch.check({name.split(".")[0]: stage.steps for name, stage in config.stages().items()})
+    watch.check(config.steps())
     if not _DRY_RUN.value:
         keep_compiled(_COMPILED.value, path)
     if idle := recipe.idle_fields(config, cli.overridden()):

@@ -25,6 +25,7 @@ from etils import epath
 from ml_collections import config_dict, config_flags
 
 from mtllm_jax import distributed
+from mtllm_jax.config import MTLLM
 from mtllm_jax.interrupt import (
     Interrupted,
     graceful_stop,
@@ -142,6 +143,13 @@ def run_main(
             code = 1 if lost else 2
     distributed.leave(code)
     sys.exit(code)
+
+
+def of_mtllm(values: Mapping[str, Any]) -> type[MTLLM]:
+    """The schema of a tool for the recipe MT-LLM alone. ValueError for a config of another."""
+    if (recipe := values.get("recipe")) != "mtllm":
+        raise ValueError(f"config.recipe is {recipe!r}; for this tool it must be 'mtllm'.")
+    return MTLLM
 
 
 def overridden() -> list[str]:

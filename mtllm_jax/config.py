@@ -209,6 +209,10 @@ class LoRA:
     targets: tuple[str, ...]  # names of the linears, or ("all",)
     start: str = ""  # PEFT folder that the student's adapter begins as, of these sizes; "" = afresh
 
+    def check(self) -> None:
+        require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to below 1")
+
 
 @dataclass(frozen=True)
 class Bridge:
@@ -484,6 +488,16 @@ class Mesh:
     context: int = 1  # positions of a row, for rows beyond some 8000 tokens
     slices: int = 1  # of TPUs, joined by the data-centre network; data runs over them
 
+    def check(self) -> None:
+        sizes = dataclasses.asdict(self)
+        require(self.slices >= 1, "mesh.slices", self.slices, "at least 1")
+        require(
+            all(n >= 1 or n == -1 for n in sizes.values()) and list(sizes.values()).count(-1) <= 1,
+            "mesh",
+            sizes,
+            "positive sizes with at most one -1",
+        )
+
 
 @dataclass(frozen=True)
 class TaskSource:
@@ -715,14 +729,7 @@ class MTLLM:
             require(bool(self.task.dev or not self.task.train), "task.dev", self.task.dev, file)
             split, other = self.evaluation.split, f"'test' {where}, as dev decides"
             require(self.task.given or split == "test", "evaluation.split", split, other)
-        sizes = dataclasses.asdict(self.mesh)
-        require(self.mesh.slices >= 1, "mesh.slices", self.mesh.slices, "at least 1")
-        require(
-            all(n >= 1 or n == -1 for n in sizes.values()) and list(sizes.values()).count(-1) <= 1,
-            "mesh",
-            sizes,
-            "positive sizes with at most one -1",
-        )
+        self.mesh.check()
         if self.frozen_dtype == "int8":  # what learns, or is added to, is no weight in int8
             why = "with frozen_dtype 'int8'"
             require(self.trained != "all", "trained", self.trained, f"'lora' or 'bridge' {why}")
@@ -749,9 +756,7 @@ class MTLLM:
             drops = self.simcse.dropout > 0 or self.lora.dropout > 0
             allowed = "above 0 where lora.dropout is not: a text would be read twice alike"
             require(drops, "simcse.dropout", self.simcse.dropout, allowed)
-        lora = self.lora
-        require(lora.rank >= 1, "lora.rank", lora.rank, "at least 1")
-        require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "from 0 to below 1")
+        self.lora.check()
 
     @property
     def task_seeds(self) -> tuple[int, ...]:
@@ -794,6 +799,10 @@ class MTLLM:
             found["mt_encoder"] = self.mt_encoder
         return found
 
+    def steps(self) -> dict[str, int]:
+        """Those of what is trained, by the names of their folders in a run."""
+        return {name.split(".")[0]: training.steps for name, training in self.stages().items()}
+
 
 # The stages that may have no steps.
 SKIPPABLE = ("adaptation.training",)
@@ -808,4 +817,142 @@ SIDES = {
     "teacher": ("target",),
     "distillation.training": ("source",),
     "mt_encoder": ("source",),
+    "training": ("target",),
 }
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How an LLM answers: what stands around a prompt, and how the next token is drawn."""
+
+    template: Literal["chat", "alpaca", "llama2", "none"]
+    max_new_tokens: int  # [fallback] 512
+    system: str = ""  # what the LLM is told before all prompts; "" = nothing
+    temperature: float = 0.95  # [fallback]; 0 = always the likeliest token
+    top_k: int = 50  # [fallback]; 0 = all tokens
+    top_p: float = 0.7  # [fallback]
+    repetition_penalty: float = 1.0
+    batch_rows: int = 32  # prompts that each device answers at a time
+
+    def check(self) -> None:
+        for name in ("max_new_tokens", "batch_rows"):
+            value = getattr(self, name)
+            require(value >= 1, f"answering.{name}", value, "at least 1")
+        for name, is_good, allowed in (
+            ("temperature", self.temperature >= 0, "0 (the likeliest token) or above"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            require(is_good, f"answering.{name}", getattr(self, name), allowed)
+        has_place = self.template in ("chat", "llama2")
+        allowed = f"empty where answering.template is {self.template!r}"
+        require(has_place or not self.system, "answering.system", self.system, allowed)
+
+
+@dataclass(frozen=True)
+class Translating:
+    """How instructions and answers are translated, and which translations are dropped."""
+
+    num_beams: int  # hypotheses that are searched over [ours]; 1 = greedy
+    max_new_tokens: int  # of a sentence
+    batch_rows: int = 64  # sentences in one pass
+    check_language: bool = True  # drop what is in another language, where that can be told [ours]
+    check_tasks: bool = True  # drop instructions that a translation spoils [ours]
+
+    def check(self) -> None:
+        for name in ("num_beams", "max_new_tokens", "batch_rows"):
+            value = getattr(self, name)
+            require(value >= 1, f"translating.{name}", value, "at least 1")
+
+
+# The systems of a run of SDRRL, by their names in results.json: the LLM as it is, and tuned on
+# references, on translated references, and on what TransferSet says.
+SDRRL_SYSTEMS = ("base", "sft", "t_sft", "sdrrl")
+
+
+@dataclass(frozen=True)
+class SDRRL:
+    """SDRRL: an LLM's own answers in a resource-rich language teach it to answer in others."""
+
+    recipe: Literal["sdrrl"]
+    name: str  # of the settings: mini
+    seed: int  # of all that training and sampling draw
+    text_seed: int  # of the embedded instructions' splits, and of the text of the mini LLM
+    llm: str  # Hugging Face folder of the LLM; "" = train the mini Llama
+    translator: str  # that of an NLLB or M2M100 model; "" = train the mini NLLB, both ways
+    transfer: TransferSet  # source, targets, and what the training rows of `sdrrl` are
+    # None: these settings are for models of the user's own.
+    mini_nllb: MiniNLLB | None
+    mini_llama: MiniLlama | None
+    answering: Answering
+    translating: Translating
+    training: Training  # of each system; target_length: tokens of a row, prompts and answers
+    trained: Literal["lora", "all"]  # adapters, or all weights
+    lora: LoRA
+    systems: tuple[str, ...]  # of SDRRL_SYSTEMS, those that are compared
+    mesh: Mesh
+    compute_dtype: Literal["float32", "bfloat16"]
+    frozen_dtype: Literal["float32", "bfloat16"]  # of the LLM as it is read
+    unroll_layers: bool  # a Python loop over layers instead of lax.scan
+    remat: Literal["none", "full", "dots"]  # what the backward pass recomputes
+    attention: Literal["auto", "xla", "cudnn", "splash"]  # by what; ops/attention.py has the table
+    train_instructions: int = 0  # embedded ones that the LLM answers; 0 = all
+    test_instructions: int = 0  # held-out ones that the systems are asked; 0 = all
+
+    def __post_init__(self) -> None:
+        for name in ("train_instructions", "test_instructions"):
+            count = getattr(self, name)
+            require(count >= 0, name, count, "0 (all) or above")
+        groups = (
+            self.transfer,
+            self.mini_nllb,
+            self.mini_llama,
+            self.answering,
+            self.translating,
+            self.lora,
+            self.mesh,
+        )
+        for group in groups:
+            if group is not None:
+                group.check()
+        for where, training in self.stages().items():
+            training.check(where, SIDES[where])
+            every, none = training.evaluate_every, "0: there is no development data for it"
+            require(every == 0, f"{where}.evaluate_every", every, none)
+        names = self.systems
+        known = set(names) <= set(SDRRL_SYSTEMS) and len(set(names)) == len(names) > 0
+        allowed = f"some of {', '.join(SDRRL_SYSTEMS)}, none twice"
+        require(known, "systems", names, allowed)
+        start = self.lora.start
+        require(not start, "lora.start", start, "empty: adapters begin afresh in this recipe")
+        answers, kept = self.transfer.answers, self.transfer.answer_filter
+        allowed = "'answer' or 'reference' in this recipe"
+        require(answers != "rewritten", "transfer.answers", answers, allowed)
+        allowed = "'none' or 'exact' in this recipe, which has no model of similarity"
+        require(kept != "similarity", "transfer.answer_filter", kept, allowed)
+
+    @property
+    def english(self) -> str:
+        """The resource-rich language."""
+        return self.transfer.source
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The targets."""
+        return self.transfer.targets
+
+    def stages(self) -> dict[str, Training]:
+        """The settings of what is trained, by dotted name and in their order."""
+        found: dict[str, Training] = {}
+        if self.mini_nllb is not None and not self.translator:
+            found["mini_nllb.training"] = self.mini_nllb.training
+        if self.mini_llama is not None and not self.llm:
+            found["mini_llama.training"] = self.mini_llama.training
+        return found | {"training": self.training}
+
+    def steps(self) -> dict[str, int]:
+        """Those of what is trained, by the names of their folders in a run."""
+        own = {name.split(".")[0]: training.steps for name, training in self.stages().items()}
+        del own["training"]
+        return own | {name: self.training.steps for name in self.systems if name != "base"}

@@ -52,6 +52,11 @@ SYSTEM_NOTES = {
     "each into one of the languages, reads the foreign text.",
     "llm_prompted": "The LLM as it is, trained on no label: the answer is the label, or the "
     "choice, that is likeliest to go on from a prompt with the foreign text.",
+    "base": "The LLM before any tuning.",
+    "sft": "The LLM tuned on instructions and reference answers in English.",
+    "t_sft": "The LLM tuned on the same, translated into the targets.",
+    "sdrrl": "The LLM tuned on its own answers, in English and translated, in all combinations of "
+    "languages, with code-switched copies and translation tasks.",
 }
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and a second sign beside them.
@@ -63,6 +68,10 @@ SYSTEM_COLOURS = {
     "translate_test": "#009e73",
     "translate_train": "#56b4e9",
     "llm_prompted": "#d55e00",
+    "base": "#8c8c8c",
+    "sft": "#e69f00",
+    "t_sft": "#009e73",
+    "sdrrl": "#0072b2",
 }
 OTHER_COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#8f6bbd", "#a8642a")
 MARKS = ("●", "◆", "■", "▲", "✚", "★", "▼")

@@ -21,6 +21,10 @@ SYSTEM_NAMES = {
     "translate_test": "Translate-test",
     "translate_train": "Translate-train",
     "llm_prompted": "LLM prompted",
+    "base": "LLM as it is",
+    "sft": "SFT",
+    "t_sft": "T-SFT",
+    "sdrrl": "SDRRL",
 }
 # Above the columns of a terminal's table: words that are short.
 _HEADINGS = {
@@ -33,7 +37,8 @@ _HEADINGS = {
 TEST_NAMES = {"systems": "A: seen names, new pairs", "systems_unseen": "B: unseen names"}
 
 # A system of results.json: {"english", "mean", "languages"}, and as `scores.entry` makes it
-# "interval", "intervals", "macro_f1" and with several seeds "std".
+# "interval", "intervals", "macro_f1" and with several seeds "std"; of answers in words
+# "chrf", the same of another measure.
 Entry = Mapping[str, Any]
 
 
@@ -123,9 +128,19 @@ def seeds_text(results: Mapping[str, Any]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(seed) for seed in seeds)}"
 
 
-def next_steps(run_folder: Path) -> list[tuple[str, str]]:
+def next_steps(run_folder: Path, recipe: str = "mtllm") -> list[tuple[str, str]]:
     """What one can do with a finished run: (aim, what to open or type)."""
     train = "python launch/train.py --config="
+    if recipe == "sdrrl":
+        model = f"{run_folder}/sdrrl/model"
+        return [
+            ("report", f"{run_folder}/report.html"),
+            ("answers", f"{run_folder}/predictions/*.jsonl"),
+            ("trained on", f"{run_folder}/transfer/sdrrl/sample.html"),
+            ("ask", f"python launch/generate.py --model={model} --input=FILE --output=FILE"),
+            ("other seed", f"{train}configs/sdrrl.py --workdir=NEW --config.seed=1"),
+            ("repeat", f"{train}{run_folder}/config.json --workdir=NEW"),
+        ]
     return [
         ("report", f"{run_folder}/report.html"),
         ("answers", f"{run_folder}/predictions/*.jsonl"),
@@ -157,13 +172,13 @@ def results_table(
     parts: list[RenderableType] = [
         _table(results, *chosen) for chosen in (whole if len(whole) == 1 else each)
     ]
-    parts += [_plain_table(*table) for table in probe_tables(results)]
+    parts += [_plain_table(*table) for table in (*probe_tables(results), *chrf_tables(results))]
     if run_folder is None:
         return Group(*parts, *_notes(results))
     # Commands stay on one line however long they are: they are there to be copied.
     steps = [
         Text(f"  {aim:<11} {command}", no_wrap=True, overflow="ignore")
-        for aim, command in next_steps(run_folder)
+        for aim, command in next_steps(run_folder, results.get("recipe", "mtllm"))
     ]
     return Group(*parts, *_notes(results), Text(), Text("What next", style="bold"), *steps)
 
@@ -185,6 +200,28 @@ def probe_tables(
     ]
     title = f"Retrieval of English translations, {probes['bitext']}, accuracy in %"
     return [(title, ["", *systems], rows)]
+
+
+def chrf_tables(
+    results: Mapping[str, Any],
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and rows of chrF, where answers are texts; none where they are not."""
+    if not results.get("chrf"):
+        return []
+    found = {name: entry["chrf"] for name, entry in results["systems"].items()}
+    codes = languages_of({"systems": found})
+
+    def row(label: str, pick: Callable[[Entry], float | None]) -> list[str]:
+        values = (pick(entry) for entry in found.values())
+        return [label, *("–" if value is None else f"{100 * value:.1f}" for value in values)]
+
+    rows = [
+        row("English", lambda entry: entry["english"]),
+        row(f"mean of {len(codes)} languages", lambda entry: entry["mean"]),
+        row("± 95 %, over rows", half_interval),
+        *(row(_label(code), partial(_value, code)) for code in codes),
+    ]
+    return [(f"chrF ({results['chrf']})", ["", *map(system_name, found)], rows)]
 
 
 def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -308,6 +345,7 @@ def _notes(results: Mapping[str, Any]) -> list[Text]:
     shown = " and ".join(f"{value * factor:.1f}" for value in majority if value is not None)
     if shown:
         lines.append(f"always the most frequent class: {shown}")
+    lines += results.get("gains", ())
     metric = f"{results['metric']}{' in %' if factor == 100 else ''}"
     lines.append(f"{metric}, {seeds_text(results)}, {duration(sum(results['seconds'].values()))}")
     return [Text(f" {line}", style="dim") for line in lines]

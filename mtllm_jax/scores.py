@@ -26,25 +26,31 @@ def entry(answers: Sequence[pd.DataFrame], english: str) -> dict[str, Any]:
     taken as they are. With several seeds also "std": the sample deviation of their means. None for
     what has no rows.
     """
-    hits = _hits(answers)
-    right = hits.groupby("language", sort=False)["right"].mean().to_dict()
+    found = summary(_hits(answers), english)
     f1 = _mean_over([_macro_f1(one) for one in answers])
-    in_english, f1_in_english = right.pop(english, None), f1.pop(english, None)
-    found = {
-        "english": in_english,
-        "mean": _mean(right),
-        "languages": right,
-        "interval": _interval_of_mean(hits[hits["language"] != english]),
-        "intervals": {
-            code: _interval(rows["right"].to_numpy())
-            for code, rows in hits.groupby("language", sort=False)
-        },
-        "macro_f1": {"english": f1_in_english, "mean": _mean(f1), "languages": f1},
-    }
-    if len(answers) > 1 and right:
+    f1_in_english = f1.pop(english, None)
+    found["macro_f1"] = {"english": f1_in_english, "mean": _mean(f1), "languages": f1}
+    if len(answers) > 1 and found["languages"]:
         means = [entry_mean(one, english) for one in answers]
         found["std"] = float(np.std(means, ddof=1))
     return found
+
+
+def summary(rows: pd.DataFrame, english: str) -> dict[str, Any]:
+    """What `entry` has of accuracy, of any value of each row: id, language, and the value, from 0
+    to 1, as "right"."""
+    right = rows.groupby("language", sort=False)["right"].mean().to_dict()
+    in_english = right.pop(english, None)
+    return {
+        "english": in_english,
+        "mean": _mean(right),
+        "languages": right,
+        "interval": _interval_of_mean(rows[rows["language"] != english]),
+        "intervals": {
+            code: _interval(of_language["right"].to_numpy())
+            for code, of_language in rows.groupby("language", sort=False)
+        },
+    }
 
 
 def entry_mean(answers: pd.DataFrame, english: str) -> float:

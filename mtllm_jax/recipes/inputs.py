@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 
 from mtllm_jax import sharding
-from mtllm_jax.config import MTLLM, SIDES, Adaptation, TaskSource, Training, naming, require
+from mtllm_jax.config import MTLLM, SDRRL, SIDES, Adaptation, TaskSource, Training, naming, require
 from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.benchmarks import (
     STAND_INS,
@@ -379,6 +379,11 @@ def idle_fields(config: MTLLM, given: Sequence[str]) -> str:
     for weight, where, field in unread:
         if not weight:
             reasons[f"{where}.objective.{field}"] = f"its term in {where}.objective weighs nothing"
+    return idle_sentence(reasons, given)
+
+
+def idle_sentence(reasons: Mapping[str, str], given: Sequence[str]) -> str:
+    """As `idle_fields`. reasons: why a field, or all below it, has no effect."""
     found: dict[str, list[str]] = {}
     for name in given:
         for idle, reason in reasons.items():
@@ -423,7 +428,7 @@ def _check_sources(config: MTLLM) -> None:
             )
 
 
-def lora_targets(config: MTLLM) -> set[str]:
+def lora_targets(config: MTLLM | SDRRL) -> set[str]:
     """The names of the linear maps that config.lora.targets stands for. ValueError for others."""
     # Names do not depend on sizes, so the smallest model answers for all.
     smallest = LlamaConfig(4, 4, 1, 1, 1, 4, 4)

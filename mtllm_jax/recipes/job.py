@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
+import os
+import platform
 import resource
 import time
 import zlib
@@ -10,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
+import mtllm_jax
 from mtllm_jax import distributed, goodput
 from mtllm_jax.metrics import Console, duration
 from mtllm_jax.runfolder import RunFolder, StageFolder, read_json, write_json
@@ -57,6 +61,21 @@ class Job(Generic[Config]):
     def stage_seed(self, name: str) -> int:
         """A seed of its own for each stage and seed of the run, the same on every machine."""
         return stage_seed(self.seed, name)
+
+    def facts(self) -> dict[str, Any]:
+        """Versions, the machine and what time went into, for the report."""
+        packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+        device = jax.devices()[0]
+        return {
+            "versions": {
+                "mtllm_jax": mtllm_jax.__version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+            "device": f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} CPU cores",
+            "peak memory": f"{self.peak_memory_gb:.2f} GB",
+            "where time went": goodput.told(self.time),
+        }
 
     def of_seed(self, seed: int) -> "Job[Config]":
         """The same run, going on with another seed in folders of its own."""

@@ -1,4 +1,4 @@
-"""The default run's own "pretrained" models: a tiny NLLB (X → English) and a tiny Llama.
+"""The default runs' own "pretrained" models: a tiny NLLB and a tiny Llama.
 
 Both end as ordinary Hugging Face folders; from there on nothing knows that they were made here.
 
@@ -7,8 +7,8 @@ B rows, N texts per row, S encoder positions, T decoder positions, E encoder wid
 
 import collections
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ from flax import nnx
 from jax import Array
 
 from mtllm_jax import distributed
-from mtllm_jax.config import MTLLM, MiniNLLB, naming
-from mtllm_jax.data.babel_tfds import TextDataset
+from mtllm_jax.config import MTLLM, SDRRL, MiniNLLB, naming
 from mtllm_jax.data.packing import pack
 from mtllm_jax.data.tokenise import TargetTokenizer, TranslationTokenizer, translation_tokenizer
 from mtllm_jax.data.train_tokenizer import train_llama_tokenizer, train_nllb_tokenizer
@@ -37,16 +36,28 @@ from mtllm_jax.train import Objective, fit
 
 _LISTS_SHOWN = 20  # per language, to the tokenizer
 
+Recipe = TypeVar("Recipe", MTLLM, SDRRL)
+Pair = Mapping[str, Any]  # text, its language, the same in English, kind: "name" or "list"
 
-def mini_nllb(job: Job[MTLLM], text: TextDataset) -> str:
-    """Train the encoder–decoder on the embedded parallel names; returns its folder."""
+
+def mini_nllb(
+    job: Job[Recipe],
+    read_pairs: Callable[[], Sequence[Pair]],
+    *,
+    both_ways: bool = False,
+    legacy_source_order: bool = False,
+) -> str:
+    """Train the encoder–decoder on names and lists in two languages; returns its folder.
+
+    read_pairs: called where it is not trained yet. both_ways: out of English, too.
+    """
     config, seed = job.config.mini_nllb, job.stage_seed("mini_nllb")
     assert config is not None  # the door asks for a folder then
-    with job.stage("mini_nllb", "mini NLLB, X → English") as stage:
+    with job.stage("mini_nllb", f"mini NLLB, X {'↔' if both_ways else '→'} English") as stage:
         folder = os.fspath(stage.path / "model")
         if distributed.by_first(lambda: Files(folder).has("config.json")):
             return folder
-        pairs = list(text["parallel"])
+        pairs = list(read_pairs())
         languages = [job.config.english, *job.config.languages]
         tokenizer_folder = os.fspath(stage.path / "tokenizer")
 
@@ -62,9 +73,9 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> str:
 
         distributed.by_first(make_tokenizer)
         tokenizer = translation_tokenizer(
-            local_files(tokenizer_folder), legacy_source_order=job.config.legacy_source_order
+            local_files(tokenizer_folder), legacy_source_order=legacy_source_order
         )
-        texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed)
+        texts = _translation_texts(pairs, tokenizer, job.config.english, config, seed, both_ways)
         is_label_V = np.zeros(tokenizer.vocab_size, bool)
         for one in texts:
             is_label_V[one["target"]] = True
@@ -113,7 +124,7 @@ def mini_nllb(job: Job[MTLLM], text: TextDataset) -> str:
     return folder
 
 
-def _tokenizer_texts(pairs: Sequence[Any]) -> list[str]:
+def _tokenizer_texts(pairs: Sequence[Pair]) -> list[str]:
     """All names, and of lists as few as show what joins them.
 
     Learnt from many lists, pieces would cross the borders of names in scripts without spaces.
@@ -128,19 +139,29 @@ def _tokenizer_texts(pairs: Sequence[Any]) -> list[str]:
 
 
 def _translation_texts(
-    pairs: Sequence[Any], tokenizer: TranslationTokenizer, english: str, config: MiniNLLB, seed: int
+    pairs: Sequence[Pair],
+    tokenizer: TranslationTokenizer,
+    english: str,
+    config: MiniNLLB,
+    seed: int,
+    both_ways: bool,
 ) -> list[dict[str, np.ndarray]]:
-    """Every pair, and the wanted share of English → English, shuffled."""
-    by_language: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
+    """Every pair, into English or both ways, and of the first the wanted share of English →
+    English, shuffled."""
+    # By the languages of source and target.
+    rows_of: dict[tuple[str, str], list[tuple[str, str]]] = collections.defaultdict(list)
     for pair in pairs:
-        by_language[pair["language"]].append((pair["text"], pair["english"]))
+        rows_of[pair["language"], english].append((pair["text"], pair["english"]))
     names = sorted({pair["english"] for pair in pairs})
     num_english = round(len(pairs) * config.english_share / (1 - config.english_share))
     chosen = np.random.default_rng(seed).permutation(np.resize(np.arange(len(names)), num_english))
-    by_language[english] += [(names[i], names[i]) for i in chosen]
+    rows_of[english, english] += [(names[i], names[i]) for i in chosen]
+    if both_ways:
+        for pair in pairs:
+            rows_of[english, pair["language"]].append((pair["english"], pair["text"]))
     texts = []
-    for code, rows in by_language.items():
-        targets = tokenizer.encode_target([row[1] for row in rows], english)
+    for (code, into), rows in rows_of.items():
+        targets = tokenizer.encode_target([row[1] for row in rows], into)
         sources = tokenizer.encode(
             [row[0] for row in rows], code, max_length=config.training.source_length
         )
@@ -205,15 +226,15 @@ def decoder_inputs(labels_BT: Array, segments_BT: Array, eos_id: int) -> Array:
     return jnp.where(same_BT, before_BT, eos_id)
 
 
-def mini_llama(job: Job[MTLLM], text: TextDataset) -> str:
-    """Train the causal LLM on the embedded English text; returns its folder."""
+def mini_llama(job: Job[Recipe], title: str, read_texts: Callable[[], Sequence[str]]) -> str:
+    """Train the causal LLM on texts; returns its folder. read_texts: as in `mini_nllb`."""
     config, seed = job.config.mini_llama, job.stage_seed("mini_llama")
     assert config is not None  # the door asks for a folder then
-    with job.stage("mini_llama", "mini Llama, English") as stage:
+    with job.stage("mini_llama", title) as stage:
         folder = os.fspath(stage.path / "model")
         if distributed.by_first(lambda: Files(folder).has("config.json")):
             return folder
-        texts = [row["text"] for row in text["english"]]
+        texts = list(read_texts())
         tokenizer_folder = os.fspath(stage.path / "tokenizer")
 
         def make_tokenizer() -> None:

@@ -2,20 +2,13 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-import mtllm_jax
 from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM
 from mtllm_jax.evaluation import evaluate
-from mtllm_jax.goodput import told
 from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.recipes import inputs as given
 from mtllm_jax.recipes import llm2vec
@@ -120,18 +113,7 @@ def _check_rows(folder: RunFolder, task: Task) -> None:
 
 def facts(job: Job[MTLLM], task: Task) -> dict[str, Any]:
     """Versions and counts, for the report."""
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
-    device = jax.devices()[0]
-    found: dict[str, Any] = {
-        "versions": {
-            "mtllm_jax": mtllm_jax.__version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-        "device": f"{jax.device_count()} × {device.device_kind}, {os.cpu_count()} CPU cores",
-        "peak memory": f"{job.peak_memory_gb:.2f} GB",
-        "where time went": told(job.time),
-    }
+    found = job.facts()
     if job.config.uses_embedded_text():
         text = job.run.read_json("text.json")
         found |= {

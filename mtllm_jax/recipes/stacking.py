@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from mtllm_jax import distributed
 from mtllm_jax.checkpoint import load_params, tree_hash
-from mtllm_jax.config import MTLLM, Training
+from mtllm_jax.config import MTLLM, SDRRL, Training
 from mtllm_jax.data.benchmarks import source_language
 from mtllm_jax.data.held_out import hold_out_rows, hold_out_texts
 from mtllm_jax.data.packing import Rows, pack
@@ -102,7 +102,7 @@ def load_parts(
 
 
 def load_llm(
-    config: MTLLM,
+    config: MTLLM | SDRRL,
     folder: str,
     adapters: Sequence[str],
     mesh: jax.sharding.Mesh | None,
@@ -117,7 +117,7 @@ def _told(console: Console | None, what: str) -> Progress | None:
     return None if console is None else console.progress_of_bytes(what)
 
 
-def _how_to_read(config: MTLLM, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
+def _how_to_read(config: MTLLM | SDRRL, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     return {
         "dtype": jnp.dtype(config.frozen_dtype),
         "mesh": mesh,
@@ -164,7 +164,7 @@ def is_trained(config: MTLLM) -> Any:
     return nnx.Any(chosen, nnx.Not(frozen))
 
 
-def with_adapters(config: MTLLM, llm: Llama, seed: int, start: str = "") -> Llama:
+def with_adapters(config: MTLLM | SDRRL, llm: Llama, seed: int, start: str = "") -> Llama:
     """A copy of the LLM, with what of it learns: LoRA factors, or all in float32, or nothing.
 
     start: the PEFT folder that the factors are taken from; "" = fresh ones.
@@ -182,7 +182,7 @@ def with_adapters(config: MTLLM, llm: Llama, seed: int, start: str = "") -> Llam
     return nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float32), state))
 
 
-def _attach(config: MTLLM, module: nnx.Module, targets: Sequence[str], seed: int) -> None:
+def _attach(config: MTLLM | SDRRL, module: nnx.Module, targets: Sequence[str], seed: int) -> None:
     lora.attach(
         module,
         rank=config.lora.rank,

@@ -92,8 +92,14 @@ def train(job: Job[MTLLM], inputs: Inputs) -> Made:
     english = inputs.adaptation_text
     if english is None and config.reads_english:
         english = texts_of(row["text"] for row in text()["adaptation"])
-    encoder_folder = config.encoder or mini_models.mini_nllb(job, text())
-    llm_folder = config.llm or mini_models.mini_llama(job, text())
+    encoder_folder = config.encoder or mini_models.mini_nllb(
+        job,
+        functools.partial(text().__getitem__, "parallel"),
+        legacy_source_order=config.legacy_source_order,
+    )
+    llm_folder = config.llm or mini_models.mini_llama(
+        job, "mini Llama, English", functools.partial(_english_texts, text())
+    )
     translator_folder, wanted = config.translator or encoder_folder, config.evaluation.systems
     translates = has_decoder(translator_folder)
     if "translate_test" in wanted and not translates and not task.translated:
@@ -196,6 +202,10 @@ def _translated_rows(
     english = [{**row, "language": job.config.english} for row in task.train]
     open_model = functools.cache(lambda: translator(job.config, translator_folder, job.mesh))
     return out_of_english(english, languages, open_model, stage / "translations", job.console)
+
+
+def _english_texts(text: TextDataset) -> list[str]:
+    return [row["text"] for row in text["english"]]
 
 
 def embedded_text(job: Job[MTLLM]) -> TextDataset:

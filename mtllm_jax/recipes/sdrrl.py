@@ -1,0 +1,198 @@
+"""SDRRL (arXiv 2402.12204): an LLM's own answers, translated and mixed, teach it other languages.
+
+The LLM answers instructions in a resource-rich language; both are translated; of all that, code-
+switched copies and a parallel corpus a training set is made, on which the LLM is tuned. It is
+compared with the LLM as it is and with the LLM tuned on references, translated or not.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import sacrebleu
+
+from mtllm_jax import distributed, scores
+from mtllm_jax.config import SDRRL
+from mtllm_jax.data.babel_instructions import Instructions
+from mtllm_jax.data.formats import json_records
+from mtllm_jax.data.transfer.held_out import normalised
+from mtllm_jax.metrics import Console, read_metrics
+from mtllm_jax.recipes import mini_models, transferring
+from mtllm_jax.recipes.inputs import REVISIONS, revisions_of
+from mtllm_jax.recipes.job import Job, stage_seed
+from mtllm_jax.recipes.sdrrl_inputs import Inputs, idle_fields, read_inputs
+from mtllm_jax.recipes.transferring import Material
+from mtllm_jax.recipes.tuning import tune
+from mtllm_jax.report import write_report
+from mtllm_jax.results import chrf_tables, next_steps, results_table, system_name
+from mtllm_jax.runfolder import RunFolder, is_remote, write_jsonl
+from mtllm_jax.schema import to_dict
+from mtllm_jax.watch import Watch
+
+__all__ = ["dry_run", "idle_fields", "read_inputs", "revisions_of", "run"]
+
+_SCOPE = (
+    "It shows the mechanism at work: what an LLM's own English answers, translated, teach it in "
+    "other languages. It does not show how good the method is on real text: instructions are a "
+    "name and a mark, answers are names, both models are tiny and were trained in this run, and "
+    "the LLM has read every fact in English and every name beside its English one."
+)
+_OWN_SCOPE = (
+    "These numbers hold for the models and rows of this run. Texts of the test may have been part "
+    "of what the models were pretrained on; nothing here rules that out."
+)
+
+
+def dry_run(inputs: Inputs, console: Console) -> None:
+    """There is none: a set cannot be made of the answers of a model that has not been trained."""
+    raise ValueError(
+        "--dry_run is for configs/mtllm.py; everything that this config names is checked at each"
+        " start, before anything is trained."
+    )
+
+
+def run(config: SDRRL, inputs: Inputs, folder: RunFolder, console: Console, watch: Watch) -> None:
+    """Every stage, the evaluation, results.json and report.html; finished stages are skipped.
+
+    config: as given; `inputs` has it with folders for what it names on the hub.
+    """
+    if is_remote(folder.path):
+        raise ValueError(
+            f"workdir {folder.path} is remote; a run of SDRRL must lie in a local folder."
+        )
+    job = Job(inputs.config, folder, console, inputs.mesh, config.seed, watch)
+    if inputs.revisions:
+        folder.write_json(REVISIONS, inputs.revisions)
+    instructions = Instructions(config.languages, stage_seed(config.text_seed, "text"))
+    material = transferring.embedded(config, instructions)
+    translator = inputs.config.translator or mini_models.mini_nllb(
+        job, lambda: _name_pairs(config, instructions), both_ways=True
+    )
+    llm = inputs.config.llm or mini_models.mini_llama(
+        job, "mini Llama, which answers in English", instructions.llm_texts
+    )
+    answers = transferring.own_answers(job, llm, material.prompts)
+    translations = transferring.translated(job, translator, answers)
+    sets = transferring.transfer_sets(job, material, answers, translations)
+    models = {"base": llm} | {
+        name: tune(job, name, f"{system_name(name)}, tuned", llm, examples)
+        for name, examples in sets.items()
+    }
+    with job.stage("evaluation", "evaluation") as stage:
+        prompts, predictions = stage.path / "prompts.jsonl", folder.path / "predictions"
+        write_jsonl(prompts, material.tests)
+        distributed.by_first(lambda: predictions.mkdir(parents=True, exist_ok=True))
+        said = {}
+        for name in config.systems:
+            file = predictions / f"{name}.jsonl"
+            said[name] = _said(material, transferring.answered(job, models[name], prompts, file))
+    if not distributed.is_first():
+        return
+    results = _results(config, said) | {
+        "seconds": job.seconds,
+        "time": job.time,
+        "peak_memory_gb": job.peak_memory_gb,
+    }
+    folder.write_json("results.json", results)
+    curves = {
+        title: read_metrics(folder.path / name / "metrics.jsonl")
+        for name, title in {
+            "mini_nllb": "mini NLLB",
+            "mini_llama": "mini Llama",
+            **{name: system_name(name) for name in sets},
+        }.items()
+        if (folder.path / name / "metrics.jsonl").exists()
+    }
+    facts = job.facts() | {
+        "scope": _OWN_SCOPE if config.llm or config.translator else _SCOPE,
+        "training instructions": len(material.prompts),
+        "test rows": len(material.tests),
+        "examples": ", ".join(f"{system_name(name)} {len(sets[name])}" for name in sets),
+        "gains": " ".join(results["gains"]),
+    }
+    steps = next_steps(Path(folder.path), config.recipe)
+    tables = chrf_tables(results)
+    write_report(folder.path, results, to_dict(config), curves, facts, tables, steps)
+    console.print(results_table(results, folder.path, console.width))
+
+
+def _name_pairs(config: SDRRL, instructions: Instructions) -> list[mini_models.Pair]:
+    """What the mini NLLB is trained on."""
+    return [
+        {"text": there, "english": here, "language": code, "kind": "name"}
+        for code in config.languages
+        for here, there in instructions.pairs(code)
+    ]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def _said(material: Material, file: Path) -> pd.DataFrame:
+    """A file of answers to the test rows: id, language, reference, answer; "" where a row has none
+    (a prompt beyond the context, which is among the file's rejects)."""
+    found = {(row["id"], row["language"]): row["answer"] for _, row in json_records(file)}
+    return pd.DataFrame(
+        [
+            {
+                "id": row["id"],
+                "language": row["language"],
+                "reference": row["reference"],
+                "answer": found.get((row["id"], row["language"]), ""),
+            }
+            for row in material.tests
+        ]
+    )
+
+
+def _results(config: SDRRL, said: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """results.json but for times.
+
+    An answer is right that is the reference but for case, blanks and punctuation. chrF is the mean
+    of sacrebleu's sentence scores, over 100.
+    """
+    chrf = sacrebleu.CHRF()
+    systems, judged = {}, {}
+    for name, rows in said.items():
+        about = rows[["id", "language"]]
+        judged[name] = about.assign(
+            label=rows["reference"].map(normalised), prediction=rows["answer"].map(normalised)
+        )
+        pairs = zip(rows["answer"], rows["reference"], strict=True)
+        each = [chrf.sentence_score(ours, [theirs]).score / 100 for ours, theirs in pairs]
+        right = judged[name]["label"].eq(judged[name]["prediction"]).astype(float)
+        systems[name] = scores.summary(about.assign(right=right), config.english)
+        systems[name]["chrf"] = scores.summary(about.assign(right=each), config.english)
+    return {
+        "recipe": config.recipe,
+        "task": "facts about names, asked in each language",
+        "metric": "accuracy",
+        "seeds": [config.seed],
+        "systems": systems,
+        "chrf": str(chrf.get_signature()),
+        "gains": _gains(config.english, systems, judged),
+    }
+
+
+def _gains(
+    english: str, systems: Mapping[str, Any], judged: Mapping[str, pd.DataFrame]
+) -> list[str]:
+    """Sentences on what SDRRL gains, and on what it does not."""
+    if "sdrrl" not in systems:
+        return []
+    said = []
+    ours = judged["sdrrl"]
+    for other in (name for name in ("base", "t_sft") if name in systems):
+        foreign = [rows[rows["language"] != english] for rows in (ours, judged[other])]
+        found = scores.compare(*foreign)
+        low, high = (100 * x for x in found["interval"])
+        verdict = "above" if low > 0 else "below" if high < 0 else "not told apart from"
+        said.append(
+            f"{system_name('sdrrl')} is {verdict} {system_name(other)} in the targets, row by"
+            f" row: {100 * found['difference']:+.1f} points, 95 % {low:+.1f} to {high:+.1f}."
+        )
+    if "base" in systems:
+        change = 100 * (systems["sdrrl"]["english"] - systems["base"]["english"])
+        said.append(f"English: {change:+.1f} points against {system_name('base')}.")
+    return said

@@ -1,0 +1,152 @@
+"""What a run of SDRRL reads: opened and checked at the door, before anything is written."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mtllm_jax import sharding
+from mtllm_jax.config import SDRRL, SIDES, naming, require
+from mtllm_jax.data.babel import check_languages
+from mtllm_jax.data.tokenise import TargetTokenizer, translation_tokenizer
+from mtllm_jax.hf.encoder import TRANSLATORS
+from mtllm_jax.hf.files import local_files
+from mtllm_jax.hf.folder import read_config
+from mtllm_jax.hf.llama import check_llama
+from mtllm_jax.hf.locate import locate
+from mtllm_jax.hf.nllb import check_nllb
+from mtllm_jax.languages import ENGLISH, check_language
+from mtllm_jax.models.llama import FAMILIES
+from mtllm_jax.ops.attention import check_attention
+from mtllm_jax.recipes.inputs import idle_sentence, lora_targets
+
+# The fields that name models, and the model_types that each may be of.
+_MODELS = {"llm": FAMILIES, "translator": TRANSLATORS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The devices, and the config with folders in the place of names on the Hugging Face hub.
+
+    revisions: the commits that those names stood for, by field.
+    """
+
+    config: SDRRL
+    revisions: Mapping[str, str]
+    mesh: jax.sharding.Mesh
+
+
+def read_inputs(config: SDRRL, revisions: Mapping[str, str] = {}) -> Inputs:
+    """Check all that the config names, the cheapest first. ValueError, naming the field.
+
+    revisions: as of `inputs.read_inputs`. Reads no weights and, but for what is fetched from the
+    hub, writes nothing.
+    """
+    for field, own in _MINI.items():
+        if not getattr(config, field) and getattr(config, own) is None:
+            raise ValueError(
+                f"config.{field} is ''; the settings {config.name} are for real models, so it must"
+                " name the Hugging Face folder of one."
+            )
+    allowed = f"{ENGLISH!r}, in which the embedded instructions are"
+    require(config.english == ENGLISH, "transfer.source", config.english, allowed)
+    with naming("transfer.targets"):
+        check_languages(config.languages)
+    mesh = sharding.make_mesh(config.mesh)
+    for where, training in config.stages().items():
+        sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows", training.accumulation)
+        for side in SIDES[where]:
+            field = f"{side}_length"
+            sharding.check_length(getattr(training, field), mesh, f"{where}.{field}")
+    with naming("attention"):
+        check_attention(
+            config.attention,
+            jax.default_backend(),
+            segments=any(training.packing for training in config.stages().values()),
+            dtype=config.compute_dtype,
+            context=config.mesh.context,
+        )
+    if config.trained == "lora":
+        lora_targets(config)
+    config, found = _located(config, revisions)
+    if config.llm:
+        _check_llm(config)
+    elif config.answering.template == "chat":
+        others = "'none', 'alpaca' or 'llama2' with the mini LLM, which has no chat template"
+        require(False, "answering.template", "chat", others)
+    if config.translator:
+        _check_translator(config)
+    return Inputs(config, found, mesh)
+
+
+_MINI = {"llm": "mini_llama", "translator": "mini_nllb"}
+
+
+def _located(config: SDRRL, revisions: Mapping[str, str]) -> tuple[SDRRL, dict[str, str]]:
+    folders: dict[str, Any] = {}
+    found: dict[str, str] = {}
+    for weights in (False, True):  # no weights are fetched of what cannot be read
+        for field, families in _MODELS.items():
+            if name := getattr(config, field):
+                with naming(field):
+                    checkpoint = locate(name, revisions.get(field), weights=weights)
+                    folders[field] = os.fspath(checkpoint.folder)
+                    read_config(folders[field], families)
+                    if checkpoint.revision is not None:
+                        found[field] = checkpoint.revision
+    return dataclasses.replace(config, **folders), found
+
+
+def _check_llm(config: SDRRL) -> None:
+    with naming("llm"):
+        sizes = check_llama(config.llm)
+        tokenizer = TargetTokenizer(local_files(config.llm))
+        if tokenizer.vocab_size > sizes.vocab_size:
+            raise ValueError(
+                f"{config.llm}: its tokenizer has {tokenizer.vocab_size} tokens and its model"
+                f" embeds {sizes.vocab_size}"
+            )
+    answering = config.answering
+    if answering.template == "chat":
+        others = "'none', 'alpaca' or 'llama2', as the LLM's tokenizer has no chat template"
+        require(tokenizer.has_chat_template, "answering.template", "chat", others)
+    room, new = sizes.max_positions, answering.max_new_tokens
+    allowed = f"below {room}, the LLM's context, which prompt and answer share"
+    require(new < room, "answering.max_new_tokens", new, allowed)
+    length = config.training.target_length
+    allowed = f"at most {room}, the LLM's context"
+    require(config.training.packing or length <= room, "training.target_length", length, allowed)
+
+
+def _check_translator(config: SDRRL) -> None:
+    with naming("translator"):
+        check_nllb(config.translator)
+        tokenizer = translation_tokenizer(local_files(config.translator))
+    for field, codes in (("source", (config.english,)), ("targets", config.languages)):
+        with naming(f"transfer.{field}"):
+            for code in codes:
+                check_language(code, tokenizer.languages)
+
+
+def idle_fields(config: SDRRL, given: Sequence[str]) -> str:
+    """One line naming those of the `given` fields (dotted) that have no effect, and why; or ""."""
+    reasons = {"training.source_length": "this stage reads no source side"}
+    for field, own in _MINI.items():
+        if getattr(config, field):
+            reasons[own] = f"config.{field} names the model"
+    if config.trained == "all":
+        reasons["lora"] = "config.trained is 'all'"
+    if not config.transfer.completion:
+        reasons["transfer.completion_prompt"] = "config.transfer.completion is 0"
+        reasons["transfer.prefix"] = "config.transfer.completion is 0"
+    if not config.transfer.translation:
+        reasons["transfer.translation_prompt"] = "config.transfer.translation is 0"
+    if not config.transfer.switched:
+        switching = ("transfer.switched_from", "transfer.switched_sides", "transfer.switch_rate")
+        reasons |= dict.fromkeys(switching, "config.transfer.switched is 0")
+    if config.answering.temperature == 0:
+        reasons |= dict.fromkeys(("answering.top_k", "answering.top_p"), "answers are not drawn")
+    reasons["transfer.least_similarity"] = "config.transfer.answer_filter is not 'similarity'"
+    return idle_sentence(reasons, given)

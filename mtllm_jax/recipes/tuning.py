@@ -1,0 +1,140 @@
+"""An LLM learns to answer as examples do: the loss is on the answers' tokens alone.
+
+B rows, N texts per row, T positions, D width, V vocabulary.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from mtllm_jax import distributed
+from mtllm_jax.config import SDRRL
+from mtllm_jax.data.packing import Rows, pack
+from mtllm_jax.data.pipeline import add_by_example
+from mtllm_jax.data.templates import Template
+from mtllm_jax.data.tokenise import Ids, TargetTokenizer
+from mtllm_jax.data.transfer.build import Example
+from mtllm_jax.hf.files import Files, local_files
+from mtllm_jax.hf.llama import save_llama
+from mtllm_jax.models import lora
+from mtllm_jax.models.layers import LoRAParam, positions_in_segment, split
+from mtllm_jax.models.llama import Llama
+from mtllm_jax.objectives import Terms, next_tokens
+from mtllm_jax.ops.vocab_loss import cross_entropy_of_rows
+from mtllm_jax.recipes import stacking
+from mtllm_jax.recipes.job import Job
+from mtllm_jax.runfolder import made_locally, write_jsonl
+from mtllm_jax.train import Objective, fit
+
+
+def conversations(
+    tokenizer: TargetTokenizer, template: Template, examples: Sequence[Example], length: int
+) -> tuple[Ids, np.ndarray, list[dict[str, Any]]]:
+    """Token ids of prompt, answer and end as one text each; int32 [texts], how many of them are the
+    prompt's; and the examples left out, as `length` tokens hold no answer behind the prompt: id,
+    reason. A longer answer loses its end."""
+    asked = template([example["prompt"] for example in examples])
+    said = tokenizer.encode([example["answer"] for example in examples])
+    end = np.array([tokenizer.eos_id], np.int32)
+    texts, num_asked, rejects = [], [], []
+    for example, prompt, answer in zip(examples, asked, said, strict=True):
+        if len(prompt) >= length:
+            reason = f"the prompt has {len(prompt)} tokens, and a row {length}"
+            rejects.append({"id": example["id"], "reason": reason})
+            continue
+        begins = len(answer) > 0 and answer[0] == tokenizer.bos_id
+        texts.append(np.concatenate([prompt, answer[int(begins) :], end])[:length])
+        num_asked.append(len(prompt))
+    return texts, np.array(num_asked, np.int32), rejects
+
+
+def answer_likelihood(config: SDRRL, graph: nnx.GraphDef) -> Objective:
+    """Negative log-likelihood of the answers' tokens, given what stands before them.
+
+    A batch has "prompt_tokens", int32 [B, N], beside its texts.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def objective(trainable: nnx.State, frozen: Any, batch: dict[str, Array], key: Array) -> Terms:
+        model: Llama = nnx.merge(graph, trainable, frozen)
+        ids_BT, segments_BT = batch["target_ids"], batch["target_segments"]
+        labels_BT, valid_BT = next_tokens(ids_BT, segments_BT)
+        # Of the text that each position belongs to.
+        num_asked_BT = jnp.take_along_axis(
+            batch["prompt_tokens"], jnp.maximum(segments_BT - 1, 0), axis=1
+        )
+        is_asked_BT = positions_in_segment(segments_BT) + 1 < num_asked_BT
+        h_BTD = model.hidden(model.embed(ids_BT, dtype), segments_BT, causal=True, dropout_key=key)
+        kernel_VD = model.output_kernel().astype(dtype)
+        loss = cross_entropy_of_rows(h_BTD, kernel_VD, labels_BT, valid_BT & ~is_asked_BT)
+        return {"loss": loss}
+
+    return objective
+
+
+def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence[Example]) -> str:
+    """Train the LLM of a folder on examples; returns the folder of what it became."""
+    config, seed = job.config, job.stage_seed(name)
+    training = config.training
+    with job.stage(name, title) as stage:
+        tuned_folder = os.fspath(stage.path / "model")
+        if distributed.by_first(lambda: Files(tuned_folder).has("config.json")):
+            return tuned_folder
+        tokenizer = TargetTokenizer(local_files(folder))
+        template = Template(config.answering.template, tokenizer, config.answering.system)
+
+        @functools.cache
+        def read() -> tuple[Rows, np.ndarray]:
+            all_of_them = [examples[i] for i in range(len(examples))]
+            length = training.target_length
+            texts, num_asked, rejects = conversations(tokenizer, template, all_of_them, length)
+            if rejects:
+                write_jsonl(stage.path / "rejects.jsonl", rejects)
+                job.console.warn(
+                    f"examples without room for an answer: {len(rejects)};"
+                    f" {stage.path / 'rejects.jsonl'} names them"
+                )
+            if not texts:
+                raise ValueError(
+                    f"config.training.target_length is {length}; no example has room for its answer"
+                    " in so many tokens."
+                )
+            packed = pack(
+                [{"target": ids} for ids in texts],
+                {"target": length},
+                {"target": tokenizer.pad_id},
+                packing=training.packing,
+            )
+            job.console.print(packed.told())
+            return packed, num_asked
+
+        llm = stacking.load_llm(config, folder, (), job.mesh, job.console)
+        model = stacking.with_adapters(config, llm, seed)
+        # All weights are all of them, the embeddings too: the LLM reads and says tokens.
+        learns = LoRAParam if config.trained == "lora" else nnx.Param
+        graph, trainable, frozen = split(model, learns)
+        trained = fit(
+            stage,
+            name,
+            training,
+            objective=answer_likelihood(config, graph),
+            trainable=trainable,
+            frozen=frozen,
+            rows=lambda: read()[0],
+            mesh=job.mesh,
+            seed=seed,
+            console=job.console,
+            watch=job.watch,
+            add=lambda: add_by_example({"prompt_tokens": read()[1]}),
+        )
+        tuned = nnx.merge(graph, trained, frozen)
+        lora.merge(tuned)
+        with made_locally(tuned_folder, "config.json") as new:
+            save_llama(tuned, new, tokenizer_files_from=folder)
+    return tuned_folder
