@@ -54,13 +54,14 @@ def summary(entries: dict[str, dict[str, Any]], cost: dict[str, Any]) -> pd.Data
     return pd.DataFrame(lines)
 
 
-def compared(run: Path, test: str, systems: list[str]) -> pd.DataFrame:
-    """The stack against each other system on the rows that both answered, all languages."""
+def compared(run: Path, place: int, systems: list[str]) -> pd.DataFrame:
+    """The stack against each other system on the rows that both answered, all languages. place: of
+    the test among those there are."""
 
     def answers(system: str) -> pd.DataFrame:
         frame = pd.read_json(run / "predictions" / f"{system}.jsonl", lines=True, dtype=False)
         frame = frame.astype({"id": str})
-        return frame[frame["test"] == test] if "test" in frame else frame
+        return frame[frame["test"] == frame["test"].unique()[place]]
 
     ours, lines = answers(OURS), []
     for system in systems:
@@ -127,13 +128,12 @@ def main() -> None:
         f" accuracy are means of a stage's last {LAST} steps, of its training batches.",
         table(stages(run, results["seconds"])),
     ]
-    for test, entries in tests.items():
+    for place, (test, entries) in enumerate(tests.items()):
         if len(tests) > 1:
             parts.append(f"## {shown.TEST_NAMES[test]}")
-        which = {"systems": "seen", "systems_unseen": "unseen"}[test]
         parts += [
             table(summary(entries, cost)),
-            table(compared(run, which, list(entries))),
+            table(compared(run, place, list(entries))),
         ]
     codes = shown.languages_of(results)
     for test, entries in tests.items():
