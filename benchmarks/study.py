@@ -16,6 +16,7 @@ from dated import page, table, write
 
 from mtllm_jax import results as shown
 from mtllm_jax import scores
+from mtllm_jax.languages import LANGUAGES
 from mtllm_jax.metrics import read_metrics
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
@@ -84,7 +85,7 @@ def by_language(entries: dict[str, dict[str, Any]], codes: list[str]) -> pd.Data
     """A line a language."""
     return pd.DataFrame(
         [
-            {"": f"{shown.language_name(code)} {code}"}
+            {"": f"{shown.language_name(code)} {code}" if code in LANGUAGES else code}
             | {
                 shown.system_name(system): percent(entry["languages"].get(code))
                 for system, entry in entries.items()
