@@ -167,7 +167,7 @@ def test_foreign_text_is_escaped(tmp_path):
 
 
 def test_other_recipes_and_gaps(tmp_path):
-    """Systems without a display name, one test, one seed, no cost, a score that is no share."""
+    """Another recipe's systems, one test, one seed, no cost, a score that is no share."""
 
     def entry(**languages):
         return {"english": 41.25, "mean": 30.0, "languages": languages}
@@ -188,9 +188,9 @@ def test_other_recipes_and_gaps(tmp_path):
     rows = {row[0]: row[1:] for row in page.rows["systems"]}
     assert rows["German deu_Latn"] == ["40.0", "50.5", "–"]
     assert rows["Japanese jpn_Jpan"] == ["20.0", "–", "25.0"]
-    assert "sdrrl reaches 30.0 on average over 2 languages (41.2 in English)" in page.text
+    assert "SDRRL reaches 30.0 on average over 2 languages (41.2 in English)" in page.text
     assert "%" not in page.text
-    assert "base" in printed(results)
+    assert "SDRRL" in printed(results)
 
 
 def test_scope_says_whose_models_they_are(tmp_path):
@@ -247,11 +247,11 @@ def test_table_holds_every_number():
 def test_table_fits(width):
     """Systems that do not fit go below: each is there once, and no number is lost."""
     results = fake_results.results(seeds=1, unseen=False)
-    for name in ("base", "sft", "t_sft", "sdrrl", "a_system_with_quite_a_long_name"):
+    for name in ("base", "sft", "t_sft", "my_method", "a_system_with_quite_a_long_name"):
         results["systems"][name] = results["systems"]["mt_encoder"]
     text = printed(results, width).split("What next")[0]
     assert text.count("100.0") >= 9
-    assert text.count("sdrrl") == 1
+    assert text.count("my_method") == 1
     table = [line for line in text.splitlines() if "_Latn" in line or "English" in line]
     assert max(map(len, table)) <= max(width, 2 + 24 + 3 + 31 + 2)
     assert sum(len(re.findall(r"\d+\.\d", line)) for line in table) == 9 * 12
