@@ -144,7 +144,7 @@ def _cost(predict: Predict, timed: Sequence[Row], name: str, run: RunFolder) -> 
     path = f"evaluation/{name}.json"
     if distributed.by_first((run.path / path).exists):
         return dict(run.read_json(path))
-    few = timed[:: -(-len(timed) // _FEW_ROWS)]
+    few = timed[:: max(1, -(-len(timed) // _FEW_ROWS))]
     first = _seconds(predict, few)
     if distributed.by_first(lambda: first) < _LONG_SECONDS:
         few = timed

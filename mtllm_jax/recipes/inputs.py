@@ -108,21 +108,8 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     """
     _check_sources(config)
     locate_models(config, revisions, weights=False)
-    mesh = sharding.make_mesh(config.mesh)
-    for where, training in config.stages().items():
-        sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows", training.accumulation)
-        for side in SIDES[where]:
-            field = f"{side}_length"
-            sharding.check_length(getattr(training, field), mesh, f"{where}.{field}")
+    mesh = checked_mesh(config)
     sharding.check_rows(config.evaluation.batch_rows, mesh, "evaluation.batch_rows")
-    with naming("attention"):
-        check_attention(
-            config.attention,
-            jax.default_backend(),
-            segments=any(training.packing for training in config.stages().values()),
-            dtype=config.compute_dtype,
-            context=config.mesh.context,
-        )
     if config.frozen_dtype == "int8":
         with naming("frozen_dtype"):
             quantised.check_available()
@@ -180,6 +167,26 @@ def revisions_of(run: str | os.PathLike[str]) -> dict[str, str]:
     """The commits that an earlier start of a run found behind names on the hub, by field."""
     path = epath.Path(run) / REVISIONS
     return read_json(path) if path.exists() else {}
+
+
+def checked_mesh(config: MTLLM | SDRRL) -> jax.sharding.Mesh:
+    """The config's devices. ValueError unless each stage's rows, and the kernels of attention, can
+    be laid over them."""
+    mesh = sharding.make_mesh(config.mesh)
+    for where, training in config.stages().items():
+        sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows", training.accumulation)
+        for side in SIDES[where]:
+            field = f"{side}_length"
+            sharding.check_length(getattr(training, field), mesh, f"{where}.{field}")
+    with naming("attention"):
+        check_attention(
+            config.attention,
+            jax.default_backend(),
+            segments=any(training.packing for training in config.stages().values()),
+            dtype=config.compute_dtype,
+            context=config.mesh.context,
+        )
+    return mesh
 
 
 def locate_models(

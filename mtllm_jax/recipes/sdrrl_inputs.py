@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from mtllm_jax import sharding
-from mtllm_jax.config import SDRRL, SIDES, naming, require
+from mtllm_jax.config import SDRRL, naming, require
 from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.tokenise import TargetTokenizer, translation_tokenizer
 from mtllm_jax.hf.encoder import TRANSLATORS
@@ -19,8 +18,7 @@ from mtllm_jax.hf.locate import locate
 from mtllm_jax.hf.nllb import check_nllb
 from mtllm_jax.languages import ENGLISH, check_language
 from mtllm_jax.models.llama import FAMILIES
-from mtllm_jax.ops.attention import check_attention
-from mtllm_jax.recipes.inputs import idle_sentence, lora_targets
+from mtllm_jax.recipes.inputs import checked_mesh, idle_sentence, lora_targets
 
 # The fields that name models, and the model_types that each may be of.
 _MODELS = {"llm": FAMILIES, "translator": TRANSLATORS}
@@ -54,20 +52,7 @@ def read_inputs(config: SDRRL, revisions: Mapping[str, str] = {}) -> Inputs:
     require(config.english == ENGLISH, "transfer.source", config.english, allowed)
     with naming("transfer.targets"):
         check_languages(config.languages)
-    mesh = sharding.make_mesh(config.mesh)
-    for where, training in config.stages().items():
-        sharding.check_rows(training.batch_rows, mesh, f"{where}.batch_rows", training.accumulation)
-        for side in SIDES[where]:
-            field = f"{side}_length"
-            sharding.check_length(getattr(training, field), mesh, f"{where}.{field}")
-    with naming("attention"):
-        check_attention(
-            config.attention,
-            jax.default_backend(),
-            segments=any(training.packing for training in config.stages().values()),
-            dtype=config.compute_dtype,
-            context=config.mesh.context,
-        )
+    mesh = checked_mesh(config)
     if config.trained == "lora":
         lora_targets(config)
     config, found = _located(config, revisions)
