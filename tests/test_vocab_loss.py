@@ -8,6 +8,7 @@ import pytest
 from mtllm_jax.ops.vocab_loss import (
     cross_entropy,
     cross_entropy_of_rows,
+    divergence_of_rows,
     label_places,
     sampled_vocabulary,
 )
@@ -77,6 +78,48 @@ def test_rows_by_pieces_of_positions(most_logits):
     got = (total, count, of_h.reshape(B * T, D), of_kernel)
     for one, other in zip(got, wanted, strict=False):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+def kl_by_hand(h, kernel, teacher, teacher_kernel, weights):
+    """(sum, count, ∂h, ∂kernel) in float64: p − q is the gradient of the logits of p."""
+    (log_p, log_q) = (
+        logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+        for logits in (
+            h.astype(np.float64) @ kernel.astype(np.float64).T,
+            teacher.astype(np.float64) @ teacher_kernel.astype(np.float64).T,
+        )
+    )
+    total = np.sum(np.sum(np.exp(log_q) * (log_q - log_p), axis=-1) * weights)
+    g = (np.exp(log_p) - np.exp(log_q)) * weights[..., None]
+    return total, weights.sum(), g @ kernel, np.einsum("btv,btd->vd", g, h)
+
+
+@pytest.mark.parametrize("most_logits", [10**9, 2 * 3 * 11 * 4, 2 * 3 * 11, 1])
+def test_divergence_and_its_gradient_by_pieces_of_positions(most_logits):
+    """All 7 positions at a time, 4, or 1; the teacher of another width, and given."""
+    B, T, V = 3, 7, 11
+    mine, theirs = a_case(B * T, 5, V), a_case(B * T, 6, V, seed=1)
+    h, teacher = (case["h"].reshape(B, T, -1) for case in (mine, theirs))
+    weights = mine["weights"].reshape(B, T)
+
+    def loss(h, kernel, teacher, teacher_kernel):
+        limit = {"most_logits": most_logits}
+        return divergence_of_rows(h, kernel, teacher, teacher_kernel, weights, **limit)
+
+    given = (h, mine["kernel"], teacher, theirs["kernel"])
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    (total, count), (of_h, of_kernel, *of_teacher) = gradient(*given)
+    wanted = kl_by_hand(*given, weights)
+    for got, expected in zip((total, count, of_h, of_kernel), wanted, strict=True):
+        assert got.dtype == jnp.float32
+        # As of the cross-entropy above: sums of some tens of float32 terms.
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+    assert not any(np.any(g) for g in of_teacher)
+    itself = (h, mine["kernel"], h, mine["kernel"])
+    # log p − log p is 0 exactly.
+    assert loss(*itself)[0] == 0
+    all_at_once = f"tensor<{B}x{T}x{V}xf32>"
+    assert (all_at_once in gradient.lower(*given).as_text()) == (most_logits == 10**9)
 
 
 def test_only_one_chunk_of_logits_exists():

@@ -1,7 +1,9 @@
-"""Cross-entropy over a vocabulary, in chunks of tokens.
+"""Cross-entropy and divergence over a vocabulary, in chunks of tokens.
 
 M tokens, B rows, T positions, D width, V vocabulary, C candidates.
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -76,29 +78,76 @@ def cross_entropy_of_rows(
     most_logits: of a device at a time. Where those of all positions are more, they are computed
     piece by piece, and again in the backward pass.
     """
-    B, T, D = h_BTD.shape
+
+    def summed(h_BQD: Array, labels_BQ: Array, weights_BQ: Array) -> Array:
+        tokens = h_BQD.reshape(-1, h_BQD.shape[-1]), labels_BQ.reshape(-1), weights_BQ.reshape(-1)
+        return cross_entropy(tokens[0], kernel_VD, *tokens[1:])[0]
+
+    weights_BT = weights_BT.astype(jnp.float32)
+    total = _over_positions(summed, (h_BTD, labels_BT, weights_BT), kernel_VD, most_logits)
+    return total, jnp.sum(weights_BT)
+
+
+def divergence_of_rows(
+    h_BTD: Array,
+    kernel_VD: Array,
+    teacher_BTD: Array,
+    teacher_kernel_VD: Array,
+    weights_BT: Array,
+    *,
+    most_logits: int = MOST_LOGITS,
+) -> tuple[Array, Array]:
+    """KL(softmax(teacher · teacher_kernelᵀ) ‖ softmax(h · kernelᵀ)) at each position, as (weighted
+    sum, sum of weights). float32. The teacher's side is a constant.
+
+    most_logits: as of `cross_entropy_of_rows`, of both sides together.
+    """
+
+    def summed(h_BQD: Array, teacher_BQD: Array, weights_BQ: Array) -> Array:
+        log_s_BQV, log_t_BQV = (
+            jax.nn.log_softmax(
+                jnp.einsum("bqd,vd->bqv", x_BQD, k_VD, preferred_element_type=jnp.float32)
+            )
+            for x_BQD, k_VD in (
+                (h_BQD, kernel_VD),
+                jax.lax.stop_gradient((teacher_BQD, teacher_kernel_VD)),
+            )
+        )
+        kl_BQ = jnp.sum(jnp.exp(log_t_BQV) * (log_t_BQV - log_s_BQV), axis=-1)
+        return jnp.sum(kl_BQ * weights_BQ)
+
+    weights_BT = weights_BT.astype(jnp.float32)
+    arrays = (h_BTD, teacher_BTD, weights_BT)
+    total = _over_positions(summed, arrays, kernel_VD, most_logits / 2)
+    return total, jnp.sum(weights_BT)
+
+
+def _over_positions(
+    summed: Callable[..., Array],
+    arrays: Sequence[Array],
+    kernel_VD: Array,
+    most_logits: float,
+) -> Array:
+    """The sum of `summed` of pieces of the arrays, [B, T, …]: all rows, and so many positions that
+    logits of theirs are no more than `most_logits` on a device. 0 must come of zeros."""
+    B, T = arrays[0].shape[:2]
     V = kernel_VD.shape[0]
     of_position = B * V / layout.ways(B, "rows") / layout.ways(V, "vocab")
     size = min(T, max(1, int(most_logits / of_position)))
     num = -(-T // size)
+    if num == 1:
+        return summed(*arrays)
     pieces = [
         jnp.pad(x, ((0, 0), (0, num * size - T)) + ((0, 0),) * (x.ndim - 2))
         .reshape(B, num, size, *x.shape[2:])
         .swapaxes(0, 1)
-        for x in (h_BTD, labels_BT, weights_BT.astype(jnp.float32))
+        for x in arrays
     ]
-
-    def summed(h_BQD: Array, labels_BQ: Array, weights_BQ: Array) -> Array:
-        tokens = h_BQD.reshape(-1, D), labels_BQ.reshape(-1), weights_BQ.reshape(-1)
-        return cross_entropy(tokens[0], kernel_VD, *tokens[1:])[0]
 
     def step(total: Array, piece: list[Array]) -> tuple[Array, None]:
         return total + jax.checkpoint(summed)(*piece), None
 
-    count = jnp.sum(pieces[2])
-    if num == 1:
-        return summed(*(x[0] for x in pieces)), count
-    return jax.lax.scan(step, jnp.zeros((), jnp.float32), pieces)[0], count
+    return jax.lax.scan(step, jnp.zeros((), jnp.float32), pieces)[0]
 
 
 def sampled_vocabulary(is_label_V: np.ndarray, num_sampled: int, key: Array) -> tuple[Array, Array]:
