@@ -422,6 +422,12 @@ class TransferSet:
     completion_prompt: str = "Continue the following {target} text.\n\n{text}"
 
     @property
+    def translates(self) -> bool:
+        """Whether a row is made of a translation."""
+        switched = self.switched and any("T" in name for name in self.switched_from)
+        return bool(self.lt or self.tl or self.tt or switched)
+
+    @property
     def weights(self) -> dict[str, float]:
         """By kind."""
         combinations = {name: getattr(self, name.lower()) for name in COMBINATIONS}
@@ -866,6 +872,34 @@ class Translating:
             require(value >= 1, f"translating.{name}", value, "at least 1")
 
 
+@dataclass(frozen=True)
+class OwnText:
+    """What a run of SDRRL reads beside its models; nothing: the embedded instructions."""
+
+    # File of training instructions in the source language: prompt, and perhaps id and reference.
+    prompts: str = ""
+    tests: str = ""  # file of held-out ones in all languages: id, language, prompt, reference
+    lexicons: str = ""  # folder of word lists of the source and each target, GATITOS' or MUSE's
+    parallel: Literal["", "ntrex", "seed", "tatoeba"] = ""  # corpus of sentences in both languages
+    parallel_data: str = ""  # folder of its files, a clone of its repository
+    # Sentences that are not trained on: without `tests` the systems are compared by how likely
+    # they find those.
+    held_out_pairs: int = 100
+
+    def check(self) -> None:
+        others = self.tests or self.lexicons or self.parallel
+        allowed = "a file of instructions where own.tests, lexicons or parallel is given"
+        require(bool(self.prompts) or not others, "own.prompts", self.prompts, allowed)
+        allowed = "the folder of own.parallel, and empty without one"
+        given = bool(self.parallel_data)
+        require(bool(self.parallel) == given, "own.parallel_data", self.parallel_data, allowed)
+        count = self.held_out_pairs
+        require(count >= 1, "own.held_out_pairs", count, "at least 1")
+        judged = bool(self.tests or self.parallel or not self.prompts)
+        allowed = "a file of held-out instructions where own.parallel has no sentences to judge by"
+        require(judged, "own.tests", self.tests, allowed)
+
+
 # The systems of a run of SDRRL, by their names in results.json: the LLM as it is, and tuned on
 # references, on translated references, and on what TransferSet says.
 SDRRL_SYSTEMS = ("base", "sft", "t_sft", "sdrrl")
@@ -878,7 +912,7 @@ class SDRRL:
     recipe: Literal["sdrrl"]
     name: str  # of the settings: mini
     seed: int  # of all that training and sampling draw
-    text_seed: int  # of the embedded instructions' splits, and of the text of the mini LLM
+    text_seed: int  # of what is held out and of which rows are taken; and of the mini LLM's text
     llm: str  # Hugging Face folder of the LLM; "" = train the mini Llama
     translator: str  # that of an NLLB or M2M100 model; "" = train the mini NLLB, both ways
     transfer: TransferSet  # source, targets, and what the training rows of `sdrrl` are
@@ -897,8 +931,9 @@ class SDRRL:
     unroll_layers: bool  # a Python loop over layers instead of lax.scan
     remat: Literal["none", "full", "dots"]  # what the backward pass recomputes
     attention: Literal["auto", "xla", "cudnn", "splash"]  # by what; ops/attention.py has the table
-    train_instructions: int = 0  # embedded ones that the LLM answers; 0 = all
-    test_instructions: int = 0  # held-out ones that the systems are asked; 0 = all
+    own: OwnText = OwnText()
+    train_instructions: int = 0  # that the LLM answers; 0 = all
+    test_instructions: int = 0  # held-out ones that the systems are asked in each language; 0 = all
 
     def __post_init__(self) -> None:
         for name in ("train_instructions", "test_instructions"):
@@ -912,6 +947,7 @@ class SDRRL:
             self.translating,
             self.lora,
             self.mesh,
+            self.own,
         )
         for group in groups:
             if group is not None:
@@ -942,10 +978,15 @@ class SDRRL:
         """The targets."""
         return self.transfer.targets
 
+    @property
+    def translates(self) -> bool:
+        """Whether some system learns from translations."""
+        return "t_sft" in self.systems or ("sdrrl" in self.systems and self.transfer.translates)
+
     def stages(self) -> dict[str, Training]:
         """The settings of what is trained, by dotted name and in their order."""
         found: dict[str, Training] = {}
-        if self.mini_nllb is not None and not self.translator:
+        if self.mini_nllb is not None and not self.translator and self.translates:
             found["mini_nllb.training"] = self.mini_nllb.training
         if self.mini_llama is not None and not self.llm:
             found["mini_llama.training"] = self.mini_llama.training

@@ -172,7 +172,7 @@ def results_table(
     parts: list[RenderableType] = [
         _table(results, *chosen) for chosen in (whole if len(whole) == 1 else each)
     ]
-    parts += [_plain_table(*table) for table in (*probe_tables(results), *chrf_tables(results))]
+    parts += [_plain_table(*table) for table in _further_tables(results)]
     if run_folder is None:
         return Group(*parts, *_notes(results))
     # Commands stay on one line however long they are: they are there to be copied.
@@ -181,6 +181,10 @@ def results_table(
         for aim, command in next_steps(run_folder, results.get("recipe", "mtllm"))
     ]
     return Group(*parts, *_notes(results), Text(), Text("What next", style="bold"), *steps)
+
+
+def _further_tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    return [*probe_tables(results), *chrf_tables(results), *bits_tables(results)]
 
 
 def probe_tables(
@@ -222,6 +226,45 @@ def chrf_tables(
         *(row(_label(code), partial(_value, code)) for code in codes),
     ]
     return [(f"chrF ({results['chrf']})", ["", *map(system_name, found)], rows)]
+
+
+def bits_tables(
+    results: Mapping[str, Any],
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and rows of bits per character, and of what each system changes in them; none
+    where texts were not read but answered."""
+    if not results.get("bits_per_character"):
+        return []
+    about = results["bits_per_character"]
+    found, changes = about["systems"], about["changes"]
+    codes = languages_of({"systems": found})
+
+    def row(
+        label: str,
+        value: Callable[[Entry], float | None],
+        interval: Callable[[Entry], Sequence[float] | None],
+    ) -> list[str]:
+        cells = ["–" if value(entry) is None else f"{value(entry):.3f}" for entry in found.values()]
+        for entry in changes.values():
+            bounds = interval(entry)
+            told = "–" if bounds is None else f" ({bounds[0]:+.3f} to {bounds[1]:+.3f})"
+            cells.append(told if bounds is None else f"{value(entry):+.3f}{told}")
+        return [label, *cells]
+
+    def of_language(code: str, value: Callable[[Entry], float | None]) -> list[str]:
+        return row(_label(code), value, lambda entry: entry["intervals"].get(code))
+
+    rows = [
+        of_language(about["source"], lambda entry: entry["english"]),
+        row(
+            f"mean of {len(codes)} languages",
+            lambda entry: entry["mean"],
+            lambda entry: entry["interval"],
+        ),
+        *(of_language(code, partial(_value, code)) for code in codes),
+    ]
+    columns = [*map(system_name, found), *(f"{system_name(x)}, change, 95 %" for x in changes)]
+    return [("Bits per character (fewer: likelier)", ["", *columns], rows)]
 
 
 def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -53,6 +53,28 @@ def summary(rows: pd.DataFrame, english: str) -> dict[str, Any]:
     }
 
 
+def ratios(rows: pd.DataFrame, english: str) -> dict[str, Any]:
+    """As `summary`, of Σ value / Σ size over each language's rows: id, language, value, size."""
+    rows = rows.astype({"value": float, "size": float})
+    sums = rows.groupby("language", sort=False)[["value", "size"]].sum()
+    by_language = (sums["value"] / sums["size"]).to_dict()
+    in_english = by_language.pop(english, None)
+
+    def interval(rows: pd.DataFrame) -> list[float] | None:
+        if rows.empty:
+            return None
+        both = rows.pivot_table(["value", "size"], "id", "language", aggfunc="sum", fill_value=0.0)
+        return _interval_of_items(*(both[name].to_numpy(float) for name in ("value", "size")))
+
+    return {
+        "english": in_english,
+        "mean": _mean(by_language),
+        "languages": by_language,
+        "interval": interval(rows[rows["language"] != english]),
+        "intervals": {code: interval(said) for code, said in rows.groupby("language", sort=False)},
+    }
+
+
 def entry_mean(answers: pd.DataFrame, english: str) -> float:
     """Accuracy, mean over the languages but English."""
     foreign = answers[answers["language"] != english]

@@ -5,12 +5,14 @@ switched copies and a parallel corpus a training set is made, on which the LLM i
 compared with the LLM as it is and with the LLM tuned on references, translated or not.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import sacrebleu
+from etils import epath
 
 from mtllm_jax import distributed, scores
 from mtllm_jax.config import SDRRL
@@ -21,12 +23,13 @@ from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.recipes import mini_models, transferring
 from mtllm_jax.recipes.inputs import REVISIONS, revisions_of
 from mtllm_jax.recipes.job import Job, stage_seed
+from mtllm_jax.recipes.likelihood import bits
 from mtllm_jax.recipes.sdrrl_inputs import Inputs, idle_fields, read_inputs
 from mtllm_jax.recipes.transferring import Material
 from mtllm_jax.recipes.tuning import tune
 from mtllm_jax.report import write_report
-from mtllm_jax.results import chrf_tables, next_steps, results_table, system_name
-from mtllm_jax.runfolder import RunFolder, is_remote, write_jsonl
+from mtllm_jax.results import bits_tables, chrf_tables, next_steps, results_table, system_name
+from mtllm_jax.runfolder import RunFolder, is_remote, read_jsonl, write_jsonl
 from mtllm_jax.schema import to_dict
 from mtllm_jax.watch import Watch
 
@@ -64,32 +67,40 @@ def run(config: SDRRL, inputs: Inputs, folder: RunFolder, console: Console, watc
     job = Job(inputs.config, folder, console, inputs.mesh, config.seed, watch)
     if inputs.revisions:
         folder.write_json(REVISIONS, inputs.revisions)
-    instructions = Instructions(config.languages, stage_seed(config.text_seed, "text"))
-    material = transferring.embedded(config, instructions)
-    translator = inputs.config.translator or mini_models.mini_nllb(
-        job, lambda: _name_pairs(config, instructions), both_ways=True
-    )
+
+    @functools.cache
+    def instructions() -> Instructions:
+        return Instructions(config.languages, stage_seed(config.text_seed, "text"))
+
+    material = inputs.own or transferring.embedded(config, instructions())
+    translator = inputs.config.translator
+    if config.translates and not translator:
+        translator = mini_models.mini_nllb(
+            job, lambda: _name_pairs(config, instructions()), both_ways=True
+        )
     llm = inputs.config.llm or mini_models.mini_llama(
-        job, "mini Llama, which answers in English", instructions.llm_texts
+        job, "mini Llama, which answers in English", lambda: instructions().llm_texts()
     )
-    answers = transferring.own_answers(job, llm, material.prompts)
-    translations = transferring.translated(job, translator, answers)
+    answers = transferring.own_answers(job, llm, material)
+    translations = None
+    if config.translates:
+        translations = transferring.translated(job, translator, answers, material.columns)
     sets = transferring.transfer_sets(job, material, answers, translations)
     models = {"base": llm} | {
         name: tune(job, name, f"{system_name(name)}, tuned", llm, examples)
         for name, examples in sets.items()
     }
     with job.stage("evaluation", "evaluation") as stage:
-        prompts, predictions = stage.path / "prompts.jsonl", folder.path / "predictions"
-        write_jsonl(prompts, material.tests)
+        predictions = folder.path / "predictions"
         distributed.by_first(lambda: predictions.mkdir(parents=True, exist_ok=True))
-        said = {}
-        for name in config.systems:
-            file = predictions / f"{name}.jsonl"
-            said[name] = _said(material, transferring.answered(job, models[name], prompts, file))
+        if material.tests:
+            write_jsonl(stage.path / "prompts.jsonl", material.tests)
+            found = _asked(job, stage.path / "prompts.jsonl", material, models)
+        else:
+            found = _read(job, material, models)
     if not distributed.is_first():
         return
-    results = _results(config, said) | {
+    results = found | {
         "seconds": job.seconds,
         "time": job.time,
         "peak_memory_gb": job.peak_memory_gb,
@@ -107,12 +118,12 @@ def run(config: SDRRL, inputs: Inputs, folder: RunFolder, console: Console, watc
     facts = job.facts() | {
         "scope": _OWN_SCOPE if config.llm or config.translator else _SCOPE,
         "training instructions": len(material.prompts),
-        "test rows": len(material.tests),
+        "test rows": len(material.tests or material.lines),
         "examples": ", ".join(f"{system_name(name)} {len(sets[name])}" for name in sets),
         "gains": " ".join(results["gains"]),
     }
     steps = next_steps(Path(folder.path), config.recipe)
-    tables = chrf_tables(results)
+    tables = [*chrf_tables(results), *bits_tables(results)]
     write_report(folder.path, results, to_dict(config), curves, facts, tables, steps)
     console.print(results_table(results, folder.path, console.width))
 
@@ -127,6 +138,86 @@ def _name_pairs(config: SDRRL, instructions: Instructions) -> list[mini_models.P
 
 
 # ---------------------------------------------------------------- evaluation
+
+
+def _asked(
+    job: Job[SDRRL], prompts: epath.Path, material: Material, models: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the systems answer to the test rows, in results.json's terms."""
+    said = {}
+    for name in job.config.systems:
+        file = job.run.path / "predictions" / f"{name}.jsonl"
+        said[name] = _said(material, transferring.answered(job, models[name], prompts, file))
+    return _results(job.config, said)
+
+
+def _read(job: Job[SDRRL], material: Material, models: Mapping[str, str]) -> dict[str, Any]:
+    """How likely the systems find the held-out sentences, in results.json's terms."""
+    texts = [line["text"] for line in material.lines]
+    read = {}
+    for name in job.config.systems:
+        file = job.run.path / "predictions" / f"{name}.jsonl"
+        if not distributed.by_first(file.exists):
+            found = bits(job, models[name], texts).tolist()
+            rows = zip(material.lines, found, strict=True)
+            write_jsonl(file, [{**line, "bits": value} for line, value in rows])
+            distributed.meet()  # process 0 has written it
+        read[name] = pd.DataFrame(read_jsonl(file))
+    return _likelihoods(job.config, read)
+
+
+def _likelihoods(config: SDRRL, read: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """results.json but for times, from each system's rows: id, language, text, bits.
+
+    Bits are those of all sentences by all their characters (Unicode code points), so that lengths
+    of tokens make no difference; what a system changes is against the LLM as it is, row by row.
+    """
+    sizes = {name: rows.assign(size=rows["text"].str.len()) for name, rows in read.items()}
+    about = ["id", "language", "size"]
+    found = {
+        name: scores.ratios(rows[about].assign(value=rows["bits"]), config.english)
+        for name, rows in sizes.items()
+    }
+    changes = {}
+    for name in (name for name in sizes if "base" in sizes and name != "base"):
+        both = sizes[name].merge(sizes["base"], on=about, suffixes=("", "_before"))
+        rows = both[about].assign(value=both["bits"] - both["bits_before"])
+        changes[name] = scores.ratios(rows, config.english)
+    systems = {}
+    for name, rows in sizes.items():
+        probabilities = rows[["id", "language"]].assign(right=2.0 ** (-rows["bits"] / rows["size"]))
+        systems[name] = scores.summary(probabilities, config.english)
+    return {
+        "recipe": config.recipe,
+        "task": f"held-out sentences of {config.own.parallel}",
+        "metric": "probability of a character, geometric mean of each sentence",
+        "seeds": [config.seed],
+        "systems": systems,
+        "bits_per_character": {
+            "source": config.english,
+            "systems": found,
+            "changes": changes,
+        },
+        "gains": [sentence for name, change in changes.items() for sentence in _told(name, change)],
+    }
+
+
+def _told(name: str, change: Mapping[str, Any]) -> list[str]:
+    """Sentences on what a system changes in bits per character: less is likelier."""
+    low, high = change["interval"]
+    verdict = "likelier" if high < 0 else "less likely" if low > 0 else "neither likelier nor less"
+    ours, base = system_name(name), system_name("base")
+    said = [
+        f"To {ours} held-out sentences in the targets are {verdict} than to {base}:"
+        f" {change['mean']:+.3f} bits per character, 95 % {low:+.3f} to {high:+.3f}."
+    ]
+    intervals = change["intervals"]
+    codes = [code for code in change["languages"] if intervals[code][1] >= 0]
+    if codes:
+        said.append(f"No gain is told in {', '.join(codes)}.")
+    if change["english"] is not None:
+        said.append(f"English: {change['english']:+.3f} bits per character.")
+    return said
 
 
 def _said(material: Material, file: Path) -> pd.DataFrame:
@@ -166,7 +257,9 @@ def _results(config: SDRRL, said: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         systems[name]["chrf"] = scores.summary(about.assign(right=each), config.english)
     return {
         "recipe": config.recipe,
-        "task": "facts about names, asked in each language",
+        "task": "held-out instructions"
+        if config.own.tests
+        else "facts about names, asked in each language",
         "metric": "accuracy",
         "seeds": [config.seed],
         "systems": systems,

@@ -19,21 +19,27 @@ from mtllm_jax.hf.nllb import check_nllb
 from mtllm_jax.languages import ENGLISH, check_language
 from mtllm_jax.models.llama import FAMILIES
 from mtllm_jax.recipes.inputs import checked_mesh, idle_sentence, lora_targets
+from mtllm_jax.recipes.own_text import read_own
+from mtllm_jax.recipes.transferring import Material, settings_of
 
 # The fields that name models, and the model_types that each may be of.
 _MODELS = {"llm": FAMILIES, "translator": TRANSLATORS}
+# And those of the models that are trained in their place.
+_MINI = {"llm": "mini_llama", "translator": "mini_nllb"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """The devices, and the config with folders in the place of names on the Hugging Face hub.
 
-    revisions: the commits that those names stood for, by field.
+    revisions: the commits that those names stood for, by field. own: what `config.own` names; None
+    where the embedded instructions are taken.
     """
 
     config: SDRRL
     revisions: Mapping[str, str]
     mesh: jax.sharding.Mesh
+    own: Material | None = None
 
 
 def read_inputs(config: SDRRL, revisions: Mapping[str, str] = {}) -> Inputs:
@@ -42,16 +48,14 @@ def read_inputs(config: SDRRL, revisions: Mapping[str, str] = {}) -> Inputs:
     revisions: as of `inputs.read_inputs`. Reads no weights and, but for what is fetched from the
     hub, writes nothing.
     """
-    for field, own in _MINI.items():
-        if not getattr(config, field) and getattr(config, own) is None:
-            raise ValueError(
-                f"config.{field} is ''; the settings {config.name} are for real models, so it must"
-                " name the Hugging Face folder of one."
-            )
-    allowed = f"{ENGLISH!r}, in which the embedded instructions are"
-    require(config.english == ENGLISH, "transfer.source", config.english, allowed)
-    with naming("transfer.targets"):
-        check_languages(config.languages)
+    _check_given(config)
+    if config.own.prompts:
+        _check_parts(config)
+    else:
+        allowed = f"{ENGLISH!r}, in which the embedded instructions are"
+        require(config.english == ENGLISH, "transfer.source", config.english, allowed)
+        with naming("transfer.targets"):
+            check_languages(config.languages)
     mesh = checked_mesh(config)
     if config.trained == "lora":
         lora_targets(config)
@@ -63,10 +67,7 @@ def read_inputs(config: SDRRL, revisions: Mapping[str, str] = {}) -> Inputs:
         require(False, "answering.template", "chat", others)
     if config.translator:
         _check_translator(config)
-    return Inputs(config, found, mesh)
-
-
-_MINI = {"llm": "mini_llama", "translator": "mini_nllb"}
+    return Inputs(config, found, mesh, read_own(config) if config.own.prompts else None)
 
 
 def _located(config: SDRRL, revisions: Mapping[str, str]) -> tuple[SDRRL, dict[str, str]]:
@@ -82,6 +83,45 @@ def _located(config: SDRRL, revisions: Mapping[str, str]) -> tuple[SDRRL, dict[s
                     if checkpoint.revision is not None:
                         found[field] = checkpoint.revision
     return dataclasses.replace(config, **folders), found
+
+
+def _check_given(config: SDRRL) -> None:
+    """What cannot be made here is named: models beside instructions of the user's own, and all in
+    settings for real models."""
+    needed = {"llm": True, "translator": config.translates}
+    for field, own in _MINI.items():
+        if not needed[field] or getattr(config, field):
+            continue
+        told = "so it must name the Hugging Face folder of one."
+        if getattr(config, own) is None:
+            raise ValueError(
+                f"config.{field} is ''; the settings {config.name} are for real models, {told}"
+            )
+        if config.own.prompts:
+            raise ValueError(
+                f"config.{field} is ''; the mini models know nothing of own.prompts, {told}"
+            )
+    if config.mini_llama is None and not config.own.prompts:
+        raise ValueError(
+            f"config.own.prompts is ''; the settings {config.name} are for real models, so it must"
+            " name a file of instructions for them."
+        )
+
+
+def _check_parts(config: SDRRL) -> None:
+    """What each kind of rows is made from is named."""
+    for system in config.systems:
+        if system == "base":
+            continue
+        settings = settings_of(config, system)
+        for kind, field, what in (
+            ("translation", "parallel", "corpus"),
+            ("completion", "parallel", "corpus"),
+            ("switched", "lexicons", "folder"),
+        ):
+            weight, given = getattr(settings, kind), getattr(config.own, field)
+            allowed = f"0 where config.own.{field} names no {what}"
+            require(bool(given) or not weight, f"transfer.{kind}", weight, allowed)
 
 
 def _check_llm(config: SDRRL) -> None:
@@ -121,6 +161,15 @@ def idle_fields(config: SDRRL, given: Sequence[str]) -> str:
     for field, own in _MINI.items():
         if getattr(config, field):
             reasons[own] = f"config.{field} names the model"
+    if not config.translates:
+        told = "nothing is translated in these settings"
+        reasons |= dict.fromkeys(("mini_nllb", "translator", "translating"), told)
+    if config.own.tests:
+        reasons["own.held_out_pairs"] = "config.own.tests is what the systems are compared by"
+    elif not config.own.parallel:
+        reasons["own.held_out_pairs"] = "config.own.parallel is empty"
+    if config.own.prompts and not config.own.tests:
+        reasons["test_instructions"] = "config.own.tests is empty"
     if config.trained == "all":
         reasons["lora"] = "config.trained is 'all'"
     if not config.transfer.completion:

@@ -32,15 +32,23 @@ Row = Mapping[str, Any]
 class Material:
     """What a run starts from beside its models.
 
-    prompts: instructions in the resource-rich language, with "id", "prompt" and "reference".
-    tests: held-out ones in all languages, with "language" too. lexicons, parallel: as of
-    `transfer.build.Inputs`.
+    prompts: instructions in the resource-rich language, with "id", "prompt" and, if all have one,
+    "reference". tests: held-out ones in all languages, with "language" too. lexicons, parallel: as
+    of `transfer.build.Inputs`. lines: where there are no tests, held-out sentences with "id",
+    "language" and "text". rejects: rows of the user's file that cannot be used.
     """
 
     prompts: Sequence[Row]
     tests: Sequence[Row]
     lexicons: Mapping[tuple[str, str], Lexicon]
     parallel: Mapping[str, Sequence[Pair]]
+    lines: Sequence[Row] = ()
+    rejects: Sequence[Row] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The texts of a prompt that has been answered."""
+        return ("prompt", "answer", *(["reference"] if "reference" in self.prompts[0] else []))
 
 
 def embedded(config: SDRRL, instructions: Instructions) -> Material:
@@ -104,14 +112,20 @@ def answered(job: Job[SDRRL], folder: str, prompts: epath.Path, output: epath.Pa
     return file
 
 
-def own_answers(job: Job[SDRRL], llm: str, prompts: Sequence[Row]) -> Path:
+def own_answers(job: Job[SDRRL], llm: str, material: Material) -> Path:
     """What the LLM itself answers to the training instructions."""
     with job.stage("answers", "the LLM's own answers") as stage:
-        write_jsonl(stage.path / "prompts.jsonl", prompts)
+        write_jsonl(stage.path / "prompts.jsonl", material.prompts)
+        if material.rejects:
+            write_jsonl(stage.path / "rejects.jsonl", material.rejects)
+            job.console.warn(
+                f"instructions that cannot be used: {len(material.rejects)};"
+                f" {stage.path / 'rejects.jsonl'} says why"
+            )
         return answered(job, llm, stage.path / "prompts.jsonl", stage.path / "answers.jsonl")
 
 
-def translated(job: Job[SDRRL], translator: str, answers: Path) -> Path:
+def translated(job: Job[SDRRL], translator: str, answers: Path, columns: Sequence[str]) -> Path:
     """Instructions, answers and references in the targets."""
     config, how = job.config, job.config.translating
     with job.stage("translations", "their translations") as stage:
@@ -124,7 +138,7 @@ def translated(job: Job[SDRRL], translator: str, answers: Path) -> Path:
             os.fspath(file),
             source=config.english,
             targets=config.languages,
-            columns=("prompt", "answer", "reference"),
+            columns=columns,
             filters=Filters(language=how.check_language, tasks=how.check_tasks),
             decoding=TranslationDecoding(
                 max_new_tokens=how.max_new_tokens,
@@ -150,11 +164,12 @@ def settings_of(config: SDRRL, system: str) -> TransferSet:
 
 
 def transfer_sets(
-    job: Job[SDRRL], material: Material, answers: Path, translations: Path
+    job: Job[SDRRL], material: Material, answers: Path, translations: Path | None
 ) -> dict[str, Transfer]:
     """The training rows of each system that is trained. ValueError where one has none."""
     config = job.config
-    held_out = HeldOut(row["prompt"] for row in material.tests)
+    lines = (row["text"] for row in material.lines)
+    held_out = HeldOut([*(row["prompt"] for row in material.tests), *lines])
     found = {}
     with job.stage("transfer", "what is trained on") as stage:
         for system in config.systems:
@@ -166,7 +181,9 @@ def transfer_sets(
                 *(["reference"] if settings.answer_filter != "none" else []),
             ]
             read, bad = rows.read_rows(answers, columns)
-            read, bad_too = rows.read_translations(translations, read, columns, config.languages)
+            if translations is not None:
+                read, more = rows.read_translations(translations, read, columns, config.languages)
+                bad += more
             inputs = Inputs(
                 rows=read,
                 lexicons=material.lexicons,
@@ -175,7 +192,7 @@ def transfer_sets(
                 answer_filter=rows.answer_filter(settings),
                 model=config.llm or "mini_llama",
                 translator=config.translator or "mini_nllb",
-                rejects=(*bad, *bad_too),
+                rejects=bad,
             )
             found[system] = build(Path(stage.path / system), settings, inputs)
             counts = found[system].manifest["counts"]

@@ -32,16 +32,21 @@ def read_parallel(name: str, path: str | Path, source: str, target: str) -> list
     a corpus whose languages are aligned with English alone."""
     if source == ENGLISH:
         english, other = read_bitext(name, path, languages=[target]).pairs[target]
-        return _pairs(name, english, other)
+        return _pairs(_corpus(name, target), english, other)
     if target == ENGLISH:
         english, other = read_bitext(name, path, languages=[source]).pairs[source]
-        return _pairs(name, other, english)
+        return _pairs(_corpus(name, source), other, english)
     if name not in _ALIGNED:
         raise ValueError(
             f"{name} is aligned with English alone; it has no pairs of {source} and {target}."
         )
     pairs = read_bitext(name, path, languages=[source, target]).pairs
     return _pairs(name, pairs[source][1], pairs[target][1])
+
+
+def _corpus(name: str, code: str) -> str:
+    """Of one language, where lines of one number are different sentences in others."""
+    return name if name in _ALIGNED else f"{name}:{code}"
 
 
 def _pairs(name: str, sources: Sequence[str], targets: Sequence[str]) -> list[Pair]:
