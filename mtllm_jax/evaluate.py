@@ -49,7 +49,7 @@ from mtllm_jax.tasks.task import TEXTS, Row
 
 _SYSTEM = "mt_llm"
 _PREDICTIONS = f"predictions/{_SYSTEM}.jsonl"
-_ABOUT = "evaluation.json"
+ABOUT = "evaluation.json"
 _SCOPE = (
     "It shows how one trained model does on these rows. Intervals are of the rows: other rows would"
     " give other values within them, and another training seed may move them further. Means weigh"
@@ -132,7 +132,7 @@ def evaluate(
         other.on_rows_of(pd.DataFrame(read.rows))
     folder = epath.Path(to or f"evaluations/{source.name}-{Path(model).absolute().name}")
     about = {"model": fingerprint, "name": source.name, "rows": digest_of(read.rows)}
-    distributed.by_first(lambda: _check_folder(folder, about))
+    distributed.by_first(lambda: check_folder(folder, about))
     if distributed.by_first((folder / _PREDICTIONS).exists):
         console.print(f"the answers are those in {folder / _PREDICTIONS}")
     else:
@@ -149,7 +149,7 @@ def evaluate(
     tables = _tables(results)
     write_json(folder / "results.json", results)
     write_text(folder / "results.md", _markdown(results, tables))
-    facts = _facts(results, len(found))
+    facts = facts_of(results, len(found), _SCOPE)
     config = {"evaluated": dataclasses.asdict(source) | {"against": against}, "model": values}
     write_report(folder, results, config, {}, facts, tables, _steps(model, folder))
     console.print(results_table(results, None, console.width))
@@ -224,9 +224,9 @@ def _readable(source: Source, read: Rows, readable: Sequence[str]) -> Rows:
 # ---------------------------------------------------------------- answers
 
 
-def _check_folder(folder: epath.Path, about: Mapping[str, Any]) -> None:
-    """ValueError for a folder of something else."""
-    path = folder / _ABOUT
+def check_folder(folder: epath.Path, about: Mapping[str, Any]) -> None:
+    """ValueError for a folder of something else than the evaluation that is told about."""
+    path = folder / ABOUT
     if path.exists():
         different = differing_fields(read_json(path)["about"], dict(about))
         if different:
@@ -250,7 +250,7 @@ def _answer(
 ) -> None:
     """Write predictions/mt_llm.jsonl, and what is to be known of it beside."""
     stage = Stage()
-    write_json(folder / _ABOUT, {"about": about})
+    write_json(folder / ABOUT, {"about": about})
     parts = Parts(Path(folder) / "parts", about)
     count = len(read.rows)
     answer(model, parts, cut(read.rows, api.WINDOW), count, vectors=False, console=console)
@@ -268,7 +268,7 @@ def _answer(
             "notes": read.notes,
             "seconds": round(stage.seconds, 2),
         }
-        write_json(folder / _ABOUT, told)
+        write_json(folder / ABOUT, told)
         write_jsonl(folder / _PREDICTIONS, written)
         parts.remove()
 
@@ -324,7 +324,7 @@ def _results(
     values: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All of results.json that is about the model alone."""
-    told = read_json(folder / _ABOUT)
+    told = read_json(folder / ABOUT)
     english = _english(found)
     foreign = found[found["language"] != english]
     return {
@@ -389,12 +389,12 @@ def _tables(results: Mapping[str, Any]) -> list[Table]:
         accuracy = mine["english"] if code == ENGLISH else mine["languages"][code]
         f1 = mine["macro_f1"]
         row = [language_name(code), code, resource_class(code), str(results["rows"][code])]
-        row += [_shown(accuracy), _range(mine["intervals"][code])]
-        row += [_shown(f1["english"] if code == ENGLISH else f1["languages"][code])]
+        row += [shown(accuracy), shown_range(mine["intervals"][code])]
+        row += [shown(f1["english"] if code == ENGLISH else f1["languages"][code])]
         for name in others:
             theirs = results["systems"][name]
             row.append(
-                _shown(theirs["english"] if code == ENGLISH else theirs["languages"].get(code))
+                shown(theirs["english"] if code == ENGLISH else theirs["languages"].get(code))
             )
         by_language.append(row)
     columns = ["language", "code", "class", "rows", "accuracy", "95 %", "macro-F1", *others]
@@ -405,9 +405,9 @@ def _tables(results: Mapping[str, Any]) -> list[Table]:
             [
                 name,
                 str(one["languages"]),
-                _shown(one["mean"]),
-                _range(one["interval"]),
-                _shown(one["macro_f1"]),
+                shown(one["mean"]),
+                shown_range(one["interval"]),
+                shown(one["macro_f1"]),
             ]
             for name, one in sorted(results[key].items())
         ]
@@ -420,8 +420,8 @@ def _tables(results: Mapping[str, Any]) -> list[Table]:
             [
                 name,
                 str(test["rows"]),
-                _signed(test["difference"]),
-                " to ".join(map(_signed, test["interval"])),
+                signed(test["difference"]),
+                " to ".join(map(signed, test["interval"])),
                 str(test["only_ours"]),
                 str(test["only_theirs"]),
                 f"{test['p']:.2g}",
@@ -433,16 +433,19 @@ def _tables(results: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _shown(value: float | None) -> str:
+def shown(value: float | None) -> str:
+    """In per cent."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """A difference, in points."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
-def _range(interval: Sequence[float] | None) -> str:
-    return "–" if interval is None else " to ".join(map(_shown, interval))
+def shown_range(interval: Sequence[float] | None) -> str:
+    """Of values, in per cent."""
+    return "–" if interval is None else " to ".join(map(shown, interval))
 
 
 def _markdown(results: Mapping[str, Any], tables: Sequence[Table]) -> str:
@@ -450,27 +453,34 @@ def _markdown(results: Mapping[str, Any], tables: Sequence[Table]) -> str:
     lines = [
         f"# {results['task']}: {Path(results['model']).name}",
         "",
-        f"Accuracy in %: {_shown(mine['mean'])} ({_range(mine['interval'])}) on average over"
-        f" {len(mine['languages'])} languages, {_shown(mine['english'])} in English; always the"
-        f" most frequent class: {_shown(results['majority'])}. {_SCOPE}",
+        f"Accuracy in %: {shown(mine['mean'])} ({shown_range(mine['interval'])}) on average over"
+        f" {len(mine['languages'])} languages, {shown(mine['english'])} in English; always the"
+        f" most frequent class: {shown(results['majority'])}. {_SCOPE}",
         *[f"\n{note}" for note in results["notes"]],
     ]
+    return "\n".join([*lines, *markdown_tables(tables)]) + "\n"
+
+
+def markdown_tables(tables: Sequence[Table]) -> list[str]:
+    """The lines of tables under their titles."""
+    lines = []
     for title, columns, rows in tables:
         lines += ["", f"## {title}", "", _markdown_row(columns)]
         lines.append("|" + " --- |" + " ---: |" * (len(columns) - 1))
         lines += map(_markdown_row, rows)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _facts(results: Mapping[str, Any], count: int) -> dict[str, Any]:
+def facts_of(results: Mapping[str, Any], count: int, scope: str) -> dict[str, Any]:
+    """What a report tells beside its tables. count: of the rows."""
     packages = ("jax", "flax", "transformers")
     device = jax.devices()[0]
     return {
-        "scope": _SCOPE,
+        "scope": scope,
         "versions": {
             "mtllm_jax": mtllm_jax.__version__,
             "python": platform.python_version(),

@@ -104,6 +104,7 @@ def write_report(
     facts: Mapping[str, Any],
     tables: Sequence[Table] = (),
     steps: Sequence[tuple[str, str]] | None = None,
+    texts: Sequence[tuple[str, str]] = (),
 ) -> epath.Path:
     """Write run_folder/report.html, replacing an earlier one, and return its path.
 
@@ -115,6 +116,7 @@ def write_report(
       task), and anything else worth a line in "This run".
     tables: shown behind the tests.
     steps: how to go on, as `next_steps` has them, which are those of a finished run.
+    texts: titles and texts that are shown as they are written, behind the tables.
     """
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(
@@ -126,7 +128,7 @@ def write_report(
     )
     page = environment.get_template("report.html.j2").render(
         _context(run_folder, results, config, curves, facts)
-        | {"tables": tables, **({} if steps is None else {"steps": steps})}
+        | {"tables": tables, "texts": texts, **({} if steps is None else {"steps": steps})}
     )
     path = run_folder / "report.html"
     write_text(path, page)

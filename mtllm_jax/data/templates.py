@@ -8,6 +8,11 @@
 A tokenizer that begins texts with a BOS does so here too, but under `chat`, where all is said.
 """
 
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
 from mtllm_jax.data.tokenise import Ids, TargetTokenizer
 
 NAMES = ("chat", "alpaca", "llama2", "none")
@@ -51,6 +56,22 @@ class Template:
                 [[*told, {"role": "user", "content": prompt}] for prompt in prompts]
             )
         return self._tokenizer.encode([self._text(prompt) for prompt in prompts])
+
+    def followed(self, prompt: str, answers: Sequence[str]) -> tuple[np.ndarray, Ids]:
+        """The ids of a prompt, and of each answer behind it as training has answers: a text of its
+        own without a BOS. Under `none` the prompt is gone on with after a space, as one text:
+        tokens of its end that differ with the answer are the answer's. ValueError as for prompts.
+        """
+        if self._name == "none":
+            replaced, following = self._tokenizer.encode_continuations(prompt, answers)
+            (ids,) = self._tokenizer.encode_prompts([("", prompt)], max_length=sys.maxsize)
+            return ids[: len(ids) - replaced], following
+        bos = self._tokenizer.bos_id
+        said = self._tokenizer.encode(answers)
+        begins = [len(ids) > 0 and ids[0] == bos for ids in said]
+        return self([prompt])[0], [
+            ids[int(begin) :] for ids, begin in zip(said, begins, strict=True)
+        ]
 
     def _text(self, prompt: str) -> str:
         match self._name:

@@ -1,0 +1,1 @@
+"""An LLM's folder asked published benchmarks by prompts: what is asked, answered and measured."""
