@@ -168,7 +168,7 @@ def _read(source: Source) -> Rows:
             source.task,
             source.data,
             languages=source.languages or "all",
-            english_path=source.english_data or None,
+            english_data=source.english_data or None,
             splits=("test",),
             limit=source.limit,
         )

@@ -30,7 +30,7 @@ from mtllm_jax.models import lora
 from mtllm_jax.recipes import inputs as recipe_inputs
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.dry_run import first_of_each
-from mtllm_jax.recipes.inputs import idle_fields, read_inputs, unseen_texts
+from mtllm_jax.recipes.inputs import idle_fields, read_inputs, read_task, unseen_texts
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.runfolder import RunFolder
 from mtllm_jax.schema import resolve, to_dict
@@ -294,6 +294,45 @@ def test_a_data_file_that_is_not_there(own):
 def test_a_task_is_a_benchmark_or_own_files(own, changes, words):
     with pytest.raises(ValueError, match=f"config.{words}"):
         config(own | changes)
+
+
+def own_task(folder: Path) -> dict[str, str]:
+    """The fields of a task in two files, whose test is in English and German."""
+    train, test = folder / "train.jsonl", folder / "test.jsonl"
+    texts = {"Kenya": "Africa", "Ghana": "Africa", "Peru": "America", "Cuba": "America"}
+    write_jsonl(train, [{"text": text, "label": label} for text, label in texts.items()])
+    rows = [("Peru", "America", "eng_Latn"), ("Kenia", "Africa", "deu_Latn")]
+    names = ("text", "label", "language")
+    write_jsonl(test, [dict(zip(names, row, strict=True)) for row in rows])
+    return {"task.train": str(train), "task.test": str(test)}
+
+
+def test_languages_of_ones_own_test_are_those_that_it_has(tmp_path):
+    fields, known = own_task(tmp_path), ["eng_Latn", "deu_Latn", "fra_Latn"]
+    for codes, unknown in (("deu_Latin", "deu_Latin"), ("deu_Latn,fra_Latn", "fra_Latn")):
+        settings = config(fields | {"task.languages": tuple(codes.split(","))})
+        with pytest.raises(ValueError, match=f"^config.task: languages: .*{unknown}' .*deu_Latn"):
+            read_task(settings, known)
+    task = read_task(config(fields | {"task.languages": ("deu_Latn",)}), known)
+    assert {row["language"] for row in task.tests["test"]} == {"eng_Latn", "deu_Latn"}
+
+
+def test_the_language_of_training_is_tested_whatever_it_is(tmp_path):
+    fields, known = own_task(tmp_path), ["eng_Latn", "deu_Latn"]
+    settings = config(fields | {"english": "deu_Latn", "languages": ("eng_Latn",)})
+    assert len(read_task(settings, known).tests["test"]) == 2
+    few = dataclasses.replace(settings.task, languages=("eng_Latn",))
+    assert len(read_task(dataclasses.replace(settings, task=few), known).tests["test"]) == 2
+
+
+def test_rows_of_the_test_among_those_of_training_are_counted(tmp_path):
+    fields, known = own_task(tmp_path), ["eng_Latn", "deu_Latn"]
+    dev = tmp_path / "dev.jsonl"
+    write_jsonl(dev, [{"text": "Mali", "label": "Africa"}])
+    settings = config(fields | {"task.dev": str(dev), "teacher.evaluate_every": 1})
+    assert read_task(settings, known).notes == (
+        "Not held out: 1 of the 4 training rows have the texts of rows of the test.",
+    )
 
 
 def test_a_benchmark_that_is_not_there(own, tmp_path):
@@ -616,6 +655,9 @@ def test_fields_of_systems_that_are_not_asked_for():
     given = ["evaluation.num_beams", "evaluation.max_new_tokens", "evaluation.llm_languages"]
     told = idle_fields(config({"evaluation.systems": ["mt_llm"]}), [*given, "probe.limit"])
     assert all(f"config.{name}" in told for name in [*given, "probe.limit"])
+    given_too = ["task.translations", "adaptation.bridge_batches"]
+    sib = {"task.benchmark": "sib200", "task.data": "D", "evaluation.systems": ["mt_llm"]}
+    assert all(f"config.{name}" in idle_fields(config(sib), given_too) for name in given_too)
     assert idle_fields(config({"evaluation.systems": ["translate_train"]}), given) == ""
 
 

@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 
 from mtllm_jax import sharding
-from mtllm_jax.config import MTLLM, SDRRL, SIDES, Adaptation, TaskSource, Training, naming, require
+from mtllm_jax.config import MTLLM, SDRRL, SIDES, Adaptation, Training, naming, require
 from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.benchmarks import (
     STAND_INS,
@@ -49,7 +49,7 @@ from mtllm_jax.ops.attention import check_attention
 from mtllm_jax.recipes.prompting import longest_row
 from mtllm_jax.runfolder import read_json
 from mtllm_jax.tasks.prompt import check_prompt, kind_of
-from mtllm_jax.tasks.task import Row, Task
+from mtllm_jax.tasks.task import Row, Task, texts_in
 
 REVISIONS = "revisions.json"  # in a run folder: {field: commit} of models named on the hub
 
@@ -238,7 +238,7 @@ def read_task(config: MTLLM, readable: Sequence[str]) -> Task:
                 source.data,
                 languages=source.languages or "all",
                 english=english,
-                english_path=source.english_data or None,
+                english_data=source.english_data or None,
                 translations=source.translations or None,
                 splits=("train", "dev", "test") if config.evaluates_task else ("train", "test"),
                 limit=source.limit or None,
@@ -253,23 +253,27 @@ def read_task(config: MTLLM, readable: Sequence[str]) -> Task:
                 readable=[*readable, *(c for c in STAND_INS if STAND_INS[c] in readable)],
                 limit=source.limit or None,
             )
-        test, notes = _readable_rows(source, read, readable)
+        test, notes = _readable_rows(config, read, readable)
         if all(row["language"] == english for row in test):
             raise ValueError(f"{read.name} has no rows in another language than {english}")
     kept = {(row["language"], row["id"]) for row in test}
     translated = [row for row in read.translated if (row["language"], row["id"]) in kept]
     name = source.name or read.name
-    tests, notes = {"test": test}, [*read.notes, *notes]
+    tests, notes = {"test": test}, [*read.notes, *notes, *_shared_rows(read, test)]
     return Task(name, read.labels, read.train, tests, translated, tuple(notes), read.dev)
 
 
 def _readable_rows(
-    source: TaskSource, read: Benchmark, readable: Sequence[str]
+    config: MTLLM, read: Benchmark, readable: Sequence[str]
 ) -> tuple[list[Row], list[str]]:
     """The test rows in languages that were asked for and the encoder knows, and what is left out.
 
-    ValueError for a language that was asked for by name and is not known.
+    ValueError for a language that was asked for by name and is not known, or has no rows.
     """
+    source = config.task
+    for code in source.languages:
+        with naming("languages", before=""):
+            check_language(code, (*read.languages, config.english))
     unknown: dict[str, ValueError] = {}
     for code in read.languages:
         try:
@@ -280,11 +284,23 @@ def _readable_rows(
     if asked:
         raise unknown[asked[0]]
     wanted = {code for code in source.languages or read.languages if code not in unknown}
-    wanted |= {ENGLISH}
+    wanted |= {config.english}
     notes = []
     if left_out := [code for code in unknown if not source.languages]:
         notes = [f"Left out, as the encoder does not know them: {', '.join(left_out)}."]
     return [row for row in read.test if row["language"] in wanted], notes
+
+
+def _shared_rows(read: Benchmark, test: Sequence[Row]) -> Iterable[str]:
+    """A sentence each on training and development rows that are rows of the test, by their texts:
+    what is measured on these is no held-out score."""
+    of_test = {tuple(texts_in(row)) for row in test}
+    for what, rows in (("training", read.train), ("development", read.dev)):
+        if shared := sum(tuple(texts_in(row)) in of_test for row in rows):
+            yield (
+                f"Not held out: {shared} of the {len(rows)} {what} rows have the texts of rows of"
+                " the test."
+            )
 
 
 def read_probe(config: MTLLM, readable: Sequence[str]) -> Bitext | None:
@@ -359,6 +375,10 @@ def idle_fields(config: MTLLM, given: Sequence[str]) -> str:
         reasons["evaluation.llm_languages"] = (
             "config.evaluation.systems has none that the LLM reads"
         )
+    if "translate_test" not in systems:
+        reasons["task.translations"] = "config.evaluation.systems has no translate_test"
+    if config.adaptation.bridge_start == "random":
+        reasons["adaptation.bridge_batches"] = "config.adaptation.bridge_start is 'random'"
     if not config.probe.bitext:
         reasons["probe.limit"] = "config.probe.bitext is empty"
     for stage in () if config.stage1 else ("mntp", "simcse"):

@@ -176,8 +176,8 @@ def test_errors_at_the_door(tmp_path):
         " data/<language>/<split>.tsv."
     )
     assert len(read_benchmark("sib200", tmp_path, splits=("dev", "test")).test) == 42
-    assert message(say, "sib200", tmp_path, english_path=tmp_path) == (
-        "english_path is F; sib200 has eng_Latn rows of its own, it must be None."
+    assert message(say, "sib200", tmp_path, english_data=tmp_path) == (
+        "english_data is F; sib200 has eng_Latn rows of its own, it must be empty."
     )
     assert message(say, "sib200", tmp_path, splits=("test",), limit=0) == (
         "limit is 0; it must be at least 1."
@@ -383,7 +383,7 @@ def test_xnli_of_the_zip_with_mnli(tmp_path):
         content = jsonl(mnli_rows(split))
         write(tmp_path / f"mnli/multinli_1.0_{split}.jsonl", content)
     for folder in (tmp_path, tmp_path / "XNLI-1.0"):
-        read = read_benchmark("xnli", folder, english_path=tmp_path / "mnli")
+        read = read_benchmark("xnli", folder, english_data=tmp_path / "mnli")
         assert (read.kind, read.labels) == ("pair", tuple(sorted(NLI)))
         assert len(read.languages) == 15
         assert "arb_Arab" in read.languages and "swh_Latn" in read.languages
@@ -405,7 +405,7 @@ def test_xnli_of_the_zip_with_mnli(tmp_path):
     assert said.startswith(
         "F: there are no train rows of xnli in eng_Latn; these lie in multinli_1.0_"
     )
-    assert said.endswith("of MNLI or XNLI, the folder english_path.")
+    assert said.endswith("of MNLI or XNLI, the folder english_data.")
     assert len(read_benchmark("xnli", tmp_path, splits=("dev", "test")).test) == 45
     # A file that lacks a language is an error, not fourteen languages.
     path = tmp_path / "XNLI-1.0/xnli.test.tsv"
@@ -432,7 +432,7 @@ def test_nli_of_the_hub(tmp_path):
     # The same folder has the English of AmericasNLI, whose rows have no ids there either.
     write_hub_nli(tmp_path / "americas", ["aym", "nah"], "test")
     write_hub_nli(tmp_path / "americas", ["aym", "nah"], "validation")
-    other = read_benchmark("americasnli", tmp_path / "americas", english_path=tmp_path)
+    other = read_benchmark("americasnli", tmp_path / "americas", english_data=tmp_path)
     assert other.languages == ("ayr_Latn", "nah_Latn")
     assert (other.train, other.dev) == (read.train, read.dev)
     (tmp_path / "de/test-00000-of-00001.parquet").rename(
@@ -458,7 +458,7 @@ def test_other_forms_of_mnli(tmp_path, form):
         write(english / "multinli/multinli.train.en.tsv", tsv(("premise", "hypo", "label"), rows))
     else:
         write_hub_nli(english, ["mnli" if form.startswith("glue") else "data"], "train", [0, 1, 2])
-    read = read_benchmark("americasnli", tmp_path, english_path=english, splits=("train", "test"))
+    read = read_benchmark("americasnli", tmp_path, english_data=english, splits=("train", "test"))
     assert [row["label"] for row in read.train] == list(NLI)
     assert read.train[0]["text"].endswith(("train 0", "train premise 0"))
     assert {row["language"] for row in read.train} == {"eng_Latn"}
@@ -507,7 +507,7 @@ def test_kardes_nlu(tmp_path):
         "choices": ["ky a1", "ky a2"],
     }
     assert of_language(read.test, "eng_Latn")[0]["choices"] == ["a1 test 0", "a2 test 0"]
-    assert "COPA, the folder english_path" in message(tmp_path, "kardes_copa", tmp_path)
+    assert "COPA, the folder english_data" in message(tmp_path, "kardes_copa", tmp_path)
 
 
 def belebele_rows(code):
@@ -571,14 +571,14 @@ def test_training_set_of_belebele(tmp_path):
     english.mkdir()
     table.to_csv(english / "belebele_training_set.tsv", sep="\t")
     assert "4.0" in (english / "belebele_training_set.tsv").read_text()
-    read = read_benchmark("belebele", tmp_path, english_path=english)
+    read = read_benchmark("belebele", tmp_path, english_data=english)
     assert [row["label"] for row in read.train] == [row["label"] for row in read.dev] == [*"1234"]
     assert read.train[0]["context"] == 'He said:\n"No."\tThen'
     assert read.train[0]["choices"] == [*"abcd"]
     assert read.notes == ("Left out, without a label or with a blank text: 2 of the train rows.",)
     assert message(tmp_path, "belebele", tmp_path).endswith(
         "these lie in belebele_training_set.tsv of assemble_training_set.py of"
-        " github.com/facebookresearch/belebele, the folder english_path."
+        " github.com/facebookresearch/belebele, the folder english_data."
     )
 
 
@@ -599,17 +599,17 @@ def test_xcopa_of_the_hub(tmp_path):
         path = tmp_path / f"xcopa/{code}/test-00000-of-00001.parquet"
         path.parent.mkdir(parents=True)
         table.to_parquet(path)
-    read = read_benchmark("xcopa", tmp_path / "xcopa", english_path=tmp_path / "copa")
+    read = read_benchmark("xcopa", tmp_path / "xcopa", english_data=tmp_path / "copa")
     assert read.languages == ("eng_Latn", "est_Latn", "tha_Thai")
     assert {row["question"] for row in read.test} == {"What was the cause of this?"}
     assert of_language(read.test, "tha_Thai")[3]["choices"] == ["x", "y"]
     assert [row["label"] for row in of_language(read.test, "tha_Thai")] == ["1", "2", "1", "2"]
     said = message(tmp_path, "xcopa", tmp_path / "xcopa", splits=("test",))
-    assert said.endswith("data/copa/en_<split>.csv of COPA, the folder english_path.")
+    assert said.endswith("data/copa/en_<split>.csv of COPA, the folder english_data.")
     table["label"] = [1, 0, 1, 0]
     table.to_parquet(path)
     assert message(
-        tmp_path, "xcopa", tmp_path / "xcopa", english_path=tmp_path / "copa", splits=("test",)
+        tmp_path, "xcopa", tmp_path / "xcopa", english_data=tmp_path / "copa", splits=("test",)
     ).startswith("F/xcopa: the row '0' has the label '2' in est_Latn and '1' in eng_Latn;")
 
 
@@ -671,7 +671,7 @@ def test_americasnli(mtllm_data, tmp_path):
     read = read_benchmark(
         "americasnli",
         folder,
-        english_path=tmp_path,
+        english_data=tmp_path,
         translations=mtllm_data / "americasnli_translated_nllb600m",
     )
     # Not the concatenation of all beside them: 750 rows in eight languages, 738 and 748.
@@ -716,7 +716,7 @@ def test_americasnli(mtllm_data, tmp_path):
 
 def test_xcopa(mtllm_data):
     """What is asked is COPA's, though 52 of val and 250 of test say otherwise in Thai."""
-    read = read_benchmark("xcopa", mtllm_data / "xcopa", english_path=mtllm_data / "copa_en")
+    read = read_benchmark("xcopa", mtllm_data / "xcopa", english_data=mtllm_data / "copa_en")
     assert [len(rows) for rows in (read.train, read.dev, read.test)] == [400, 100, 12 * 500]
     copa = pd.read_csv(mtllm_data / "copa_en/data/copa/en_test.csv")
     said = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}

@@ -46,7 +46,7 @@ def read_benchmark(
     *,
     languages: Sequence[str] | Literal["all"] = "all",
     english: str = ENGLISH,
-    english_path: str | Path | None = None,
+    english_data: str | Path | None = None,
     translations: str | Path | None = None,
     splits: Sequence[Split] = ("train", "dev", "test"),
     limit: int | None = None,
@@ -54,7 +54,7 @@ def read_benchmark(
     """One of BENCHMARKS, from the folder of its files.
 
     languages: FLORES-200 codes that are tested beside English, or all that there are; English is
-    tested where the benchmark has it. english: the language that is trained in. english_path: the
+    tested where the benchmark has it. english: the language that is trained in. english_data: the
     folder of rows in it that the benchmark has not itself: MNLI or XNLI for "xnli", "americasnli"
     and "kardes_nli", COPA for "xcopa" and "kardes_copa", the assembled training set for "belebele".
     translations: the folder of published translations into English, of "sib200" or "americasnli".
@@ -73,7 +73,7 @@ def read_benchmark(
         path,
         languages=languages,
         english=english,
-        english_path=english_path,
+        english_data=english_data,
         translations=translations,
         splits=splits,
         limit=limit,

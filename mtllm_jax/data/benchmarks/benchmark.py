@@ -75,13 +75,13 @@ def read_published(
     *,
     languages: Sequence[str] | Literal["all"],
     english: str,
-    english_path: str | Path | None,
+    english_data: str | Path | None,
     translations: str | Path | None,
     splits: Sequence[Split],
     limit: int | None,
 ) -> Benchmark:
     """`read_benchmark`, of one whose particulars are given."""
-    reader = _Reader(name, published, Path(path), english, english_path)
+    reader = _Reader(name, published, Path(path), english, english_data)
     read = {split: reader.english_rows(split) for split in splits}
     translated: list[Row] = []
     if "test" in read:
@@ -125,15 +125,15 @@ class _Reader:
         published: Published,
         folder: Path,
         english: str,
-        english_path: str | Path | None,
+        english_data: str | Path | None,
     ):
         self.notes: list[str] = []
         self._name, self._published, self._english = name, published, english
-        self._folders = [folder] if english_path is None else [folder, Path(english_path)]
-        if english_path is not None and not published.english_source:
+        self._folders = [folder] if english_data is None else [folder, Path(english_data)]
+        if english_data is not None and not published.english_source:
             raise ValueError(
-                f"english_path is {english_path}; {name} has {english} rows of its own, it must be"
-                " None."
+                f"english_data is {english_data}; {name} has {english} rows of its own, it must be"
+                " empty."
             )
         sources = (published.source, published.english_source)
         for path, source in zip(self._folders, sources, strict=False):
@@ -169,7 +169,7 @@ class _Reader:
         if split in self.layout.splits:
             layouts.insert(0, self.layout)
         source = self._published.english_source
-        elsewhere = f" of {source}, the folder english_path" if source else ""
+        elsewhere = f" of {source}, the folder english_data" if source else ""
         raise ValueError(
             f"{' and '.join(map(str, self._folders))}: there are no {split} rows of {self._name} in"
             f" {self._english}; these lie in {' or '.join(layout.shown for layout in layouts)}"

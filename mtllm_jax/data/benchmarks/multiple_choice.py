@@ -8,7 +8,7 @@ split in a column.
 
 XCOPA (Ponti et al. 2020), 11 languages: rows are COPA's, `idx` the row of COPA's file of the same
 split. Its field `question` is wrong in some languages (Thai says "effect" in all 600 rows), so what
-is asked comes from COPA, which is read from the folder english_path: CSV with the header
+is asked comes from COPA, which is read from the folder english_data: CSV with the header
 premise,question,choice1,choice2,label. `question` is "cause" or "effect"; the model is asked in
 COPA's own words, in English for all languages.
 
