@@ -59,6 +59,15 @@ SYSTEM_NOTES = {
     "languages, with code-switched copies and translation tasks.",
 }
 
+# Of a text encoder in the MT encoder's place, of translations that were read from files, and of a
+# stack that learnt the task's labels.
+ENCODER_NOTE = "The encoder with a classification head, both tuned for the task on English."
+GIVEN_NOTE = (
+    "Machine translations into English that are published as files, not made here; the LLM, tuned "
+    "for the task on English, reads them."
+)
+LABELS_NOTE = " The task it learnt from its labels, not from the LLM that was tuned for it."
+
 # Colours that colour-blind readers tell apart (Okabe and Ito), and a second sign beside them.
 SYSTEM_COLOURS = {
     "mt_llm": "#0072b2",
@@ -108,7 +117,8 @@ def write_report(
 ) -> epath.Path:
     """Write run_folder/report.html, replacing an earlier one, and return its path.
 
-    results: what results.json holds; also, where there, "majority_unseen" and "cost".
+    results: what results.json holds; also, where there, "majority_unseen" and "cost", and what
+      changes a system's note: "encoder", "translations", "stage_2b".
     config: what config.json holds.
     curves: metrics of each stage by its name, with columns step, loss and perhaps fvu.
     facts: "versions" ({name: version}), "scope" (a paragraph on what the results do and do not
@@ -143,10 +153,12 @@ def _context(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     page = _Page(results)
-    own = config.get("encoder") or config.get("llm") or _own_task(config)
+    brought = ("encoder", "llm", "stage1")
+    own = any(config.get(name) for name in brought) or _own_task(config)
     other_facts = {name: facts[name] for name in facts if name not in ("scope", "versions")}
     return {
         "subject": page.subject,
+        "flow": _flow(results, config.get("model", config)),
         "task": results["task"],
         "metric": page.metric,
         "num_languages": len(page.languages),
@@ -166,6 +178,19 @@ def _context(
         "scope": facts.get("scope") or (OWN_SCOPE if own else MINI_SCOPE),
         "steps": [step for step in next_steps(run_folder) if step[0] != "report"],
     }
+
+
+def _flow(results: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """What a text goes through in the stack, and whether each of it learns. config: of the run."""
+    encoder = "text encoder" if results.get("encoder") == "text" else "MT encoder"
+    layers, frozen = config.get("encoder_layers", 0), config.get("trained") == "bridge"
+    return [
+        ("text in any language", False),
+        (f"{encoder}, {'its last layers learn' if layers else 'frozen'}", bool(layers)),
+        ("bridge, learns", True),
+        ("LLM, frozen" if frozen else "LLM, learns on English", not frozen),
+        ("answer", False),
+    ]
 
 
 def _own_task(config: Mapping[str, Any]) -> bool:
@@ -191,6 +216,13 @@ class _Page:
         named = [SYSTEM_COLOURS[name] for name in self.systems if name in SYSTEM_COLOURS]
         spare = itertools.cycle(colour for colour in OTHER_COLOURS if colour not in named)
         self.colours = {name: SYSTEM_COLOURS.get(name) or next(spare) for name in self.systems}
+        self.notes = dict(SYSTEM_NOTES)
+        if results.get("encoder") == "text":
+            self.notes["mt_encoder"] = ENCODER_NOTE
+        if results.get("translations") == "given":
+            self.notes["translate_test"] = GIVEN_NOTE
+        if results.get("stage_2b") == "labels":
+            self.notes["mt_llm"] += LABELS_NOTE
 
     def shown(self, value: float | None) -> str:
         return "–" if value is None else f"{value * self.factor:.1f}"
@@ -203,7 +235,7 @@ class _Page:
         return {
             "key": name,
             "name": system_name(name),
-            "note": SYSTEM_NOTES.get(name, ""),
+            "note": self.notes.get(name, ""),
             "colour": self.colours[name],
             "mark": MARKS[self.systems.index(name) % len(MARKS)],
         }

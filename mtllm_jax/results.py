@@ -138,7 +138,7 @@ def next_steps(run_folder: Path, recipe: str = "mtllm") -> list[tuple[str, str]]
             ("answers", f"{run_folder}/predictions/*.jsonl"),
             ("trained on", f"{run_folder}/transfer/sdrrl/sample.html"),
             ("ask", f"python launch/generate.py --model={model} --input=FILE --output=FILE"),
-            ("other seed", f"{train}configs/sdrrl.py --workdir=NEW --config.seed=1"),
+            ("other seed", f"{train}{run_folder}/config.json --workdir=NEW --config.seed=1"),
             ("repeat", f"{train}{run_folder}/config.json --workdir=NEW"),
         ]
     return [
@@ -150,7 +150,7 @@ def next_steps(run_folder: Path, recipe: str = "mtllm") -> list[tuple[str, str]]
         ("to torch", f"python launch/export.py --workdir={run_folder} --to=DIR"),
         ("own LLM", f"{train}configs/mtllm.py --workdir=NEW --config.llm=DIR"),
         ("own encoder", f"{train}configs/mtllm.py --workdir=NEW --config.encoder=DIR"),
-        ("other seed", f"{train}configs/mtllm.py --workdir=NEW --config.seed=1"),
+        ("other seed", f"{train}{run_folder}/config.json --workdir=NEW --config.seed=1"),
         ("repeat", f"{train}{run_folder}/config.json --workdir=NEW"),
     ]
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import reduced
 import tiny_folders
@@ -15,7 +16,7 @@ from mtllm_jax.hf.encoder import check_encoder, has_decoder, load_encoder
 from mtllm_jax.models.bert import Bert, BertConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
 from mtllm_jax.recipes.inputs import read_inputs
-from mtllm_jax.recipes.systems import in_english, translator
+from mtllm_jax.recipes.systems import in_english, linear_classifier, translator
 from mtllm_jax.schema import resolve
 from mtllm_jax.sharding import make_mesh
 
@@ -63,6 +64,13 @@ def test_encoders_by_what_their_folder_is(folders):
         load_encoder(folders / "llama")
 
 
+@pytest.mark.parametrize("rows", [1, 2, 20])
+def test_a_linear_map_on_few_rows_of_a_label(rows):
+    labels = ["a", "b", "c"] * rows
+    x_MD = np.eye(3)[[0, 1, 2] * rows] + np.random.default_rng(0).normal(0, 0.1, (3 * rows, 3))
+    assert list(linear_classifier(x_MD, labels).predict(x_MD)) == labels
+
+
 @pytest.mark.slow
 def test_a_run_without_a_translation_model(own, tmp_path):
     """All stages, all systems but one, and the answers in Python."""
@@ -77,7 +85,9 @@ def test_a_run_without_a_translation_model(own, tmp_path):
     systems = ["mt_llm", "llm_zero_shot", "mt_encoder", "llm_prompted", "encoder_linear"]
     assert list(results["systems"]) == list(results["cost"]) == systems
     assert {path.stem for path in (run / "predictions").iterdir()} == set(systems)
-    assert "Translate-test" not in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Translate-test" not in page
+    assert results["encoder"] == "text" and "text encoder, frozen" in page
 
     model = mtllm_jax.load(run)
     rows = [json.loads(line) for line in (run / "predictions" / "mt_llm.jsonl").open()]

@@ -198,7 +198,24 @@ def test_scope_says_whose_models_they_are(tmp_path):
     assert "trained from scratch in this run" in report(tmp_path).text.replace("\n", " ")
     own = fake_results.config() | {"encoder": "nllb-200-distilled-600M"}
     assert "trained from scratch" not in report(tmp_path, config=own).text
+    begun = fake_results.config() | {"stage1": "runs/first"}
+    assert "trained from scratch" not in report(tmp_path, config=begun).text
     assert "ours." in report(tmp_path, facts=facts | {"scope": "ours."}).text
+
+
+def test_systems_are_said_to_be_what_they_are(tmp_path):
+    words = {
+        "encoder": ("text", "MT encoder, frozen", "text encoder, frozen"),
+        "translations": ("given", "token by token", "published as files"),
+        "stage_2b": ("labels", "LLM, learns on English", "learnt from its labels"),
+    }
+    plain = " ".join(report(tmp_path).text.split())
+    for key, (value, usual, other) in words.items():
+        text = " ".join(report(tmp_path, fake_results.results() | {key: value}).text.split())
+        assert usual in plain and other not in plain and other in text
+    changed = fake_results.config() | {"trained": "bridge", "encoder_layers": 2}
+    text = report(tmp_path, config=changed).text
+    assert "LLM, frozen" in text and "MT encoder, its last layers learn" in text
 
 
 def test_curves_that_are_hard_to_draw(tmp_path):

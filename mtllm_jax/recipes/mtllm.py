@@ -9,6 +9,7 @@ from typing import Any
 from mtllm_jax import distributed
 from mtllm_jax.config import MTLLM
 from mtllm_jax.evaluation import evaluate
+from mtllm_jax.hf.encoder import has_decoder
 from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.recipes import inputs as given
 from mtllm_jax.recipes import llm2vec
@@ -72,6 +73,10 @@ def run(config: MTLLM, inputs: Inputs, folder: RunFolder, console: Console, watc
     results = {"task": made.task.name, "seeds": list(config.task_seeds)} | scores
     if config.distillation.learns == "labels":
         results["stage_2b"] = "labels"
+    if (encoder := inputs.config.encoder) and not has_decoder(encoder):
+        results["encoder"] = "text"
+    if made.task.translated:
+        results["translations"] = "given"
     if not distributed.is_first():
         return
     if made.probes is not None:
@@ -121,6 +126,8 @@ def facts(job: Job[MTLLM], task: Task) -> dict[str, Any]:
             "concepts": text["concepts"],
             "names": f"{text['names']} in English, {text['parallel_names']} in other languages",
         }
+    if (encoder := job.config.encoder) and not has_decoder(encoder):
+        found["encoder"] = "a text encoder in the place of an MT encoder"
     limits = job.config.evaluation
     if "llm_prompted" in limits.systems:
         found["prompt"] = repr(template_of(limits, task))

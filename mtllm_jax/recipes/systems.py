@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -412,8 +412,7 @@ def _causal_llm(job: Job[MTLLM], made: Made) -> Llama:
 def linear_baseline(job: Job[MTLLM], parts: stacking.Parts, task: Task) -> Predict:
     """Rows → labels by a logistic regression on what the encoder, as it is, makes of a text.
 
-    Its features are standardised, and how strongly it is regularised is chosen by cross-validation
-    on the English training rows. It is fitted when it is first asked, and draws nothing: it is the
+    It is fitted on the English training rows when it is first asked, and draws nothing: it is the
     same for all seeds.
     """
     config, limits = job.config, job.config.evaluation
@@ -429,21 +428,23 @@ def linear_baseline(job: Job[MTLLM], parts: stacking.Parts, task: Task) -> Predi
 
     @functools.cache
     def fitted() -> Pipeline:
-        stride = max(1, len(task.train) // _LINEAR_ROWS)
-        train = task.train[::stride]
-        labels = [row["label"] for row in train]
-        rarest = min(collections.Counter(labels).values())
-        model = LogisticRegressionCV(
-            Cs=_LINEAR_STRENGTHS if rarest > 1 else _LINEAR_STRENGTHS[2:3],
-            cv=min(5, max(rarest, 2)),
-            l1_ratios=(0.0,),
-            scoring="accuracy",
-            use_legacy_attributes=False,
-            max_iter=1000,
-        )
-        return make_pipeline(StandardScaler(), model).fit(vectors(train), labels)
+        train = task.train[:: max(1, -(-len(task.train) // _LINEAR_ROWS))]
+        return linear_classifier(vectors(train), [row["label"] for row in train])
 
     return lambda rows: [str(label) for label in fitted().predict(vectors(rows))]
+
+
+def linear_classifier(x_MD: np.ndarray, labels: Sequence[str]) -> Pipeline:
+    """Of standardised features; how strongly it is regularised is chosen by cross-validation, where
+    each label has two rows or more."""
+    rarest = min(collections.Counter(labels).values())
+    settings: dict[str, Any] = {"max_iter": 1000}
+    if rarest == 1:  # nothing to hold out of a label
+        model = LogisticRegression(C=_LINEAR_STRENGTHS[2], **settings)
+    else:
+        settings |= {"scoring": "accuracy", "l1_ratios": (0.0,), "use_legacy_attributes": False}
+        model = LogisticRegressionCV(Cs=_LINEAR_STRENGTHS, cv=min(5, rarest), **settings)
+    return make_pipeline(StandardScaler(), model).fit(x_MD, labels)
 
 
 def _llm_reader(

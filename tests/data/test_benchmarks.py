@@ -695,6 +695,7 @@ def test_americasnli(mtllm_data, tmp_path):
     assert [row["text_pair"] for row in rows] == table["hypothesis"].to_list()
     assert [row["id"] for row in rows] == [r["id"] for r in of_language(read.test, "grn_Latn")]
     assert len(read.translated) == 2250
+    assert any("published translations by NLLB" in note for note in read.notes)
     few = read_benchmark(
         "americasnli",
         folder,
@@ -738,6 +739,7 @@ def test_translations_of_sib200(mtllm_data, tmp_path):
     """Each sentence's source line in FLORES is the row's text, as its README has it."""
     folder = mtllm_data / "flores_nllb600m"
     read = read_benchmark("sib200", mtllm_data / "sib200", translations=folder, splits=("test",))
+    assert any("noisy ones" in note for note in read.notes)
     assert len(read.translated) == 40 * 204
     for name, code in (("cy", "cym_Latn"), ("zh", "zho_Hans")):
         lines = {}

@@ -52,7 +52,7 @@ class Published:
     `layouts`; they are looked for in the benchmark's folder, then in another. parallel: rows of one
     id are translations of each other, and so have one label. amend: (test rows in other languages,
     those in English) → corrected ones. translate: (folder, test rows as the files have them) →
-    those that the folder has translations of, in English.
+    those that the folder has translations of, in English. translated_by: a sentence on these.
     """
 
     kind: Kind
@@ -65,6 +65,7 @@ class Published:
     parallel: bool = True
     amend: Callable[[Sequence[Row], Sequence[Row]], list[Row]] | None = None
     translate: Callable[[Path, Sequence[Row]], list[Row]] | None = None
+    translated_by: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -112,7 +113,12 @@ def read_published(
         test=read.get("test", []),
         licence=published.licence,
         translated=translated,
-        notes=(*published.notes, *reader.notes, *_notes(read, translated)),
+        notes=(
+            *published.notes,
+            *([published.translated_by] if translated else []),
+            *reader.notes,
+            *_notes(read, translated),
+        ),
     )
 
 

@@ -34,6 +34,7 @@ SIB200 = Published(
     source="github.com/dadelani/sib-200 or Davlan/sib200 on the hub",
     licence="Apache-2.0; its sentences are FLORES-200, CC BY-SA 4.0",
     translate=translations.flores,
+    translated_by=translations.BY_NLLB_NOISY,
 )
 
 NUSAX_SENTIMENT = Published(

@@ -118,6 +118,7 @@ AMERICASNLI = Published(
     english_layouts=_ENGLISH,
     english_source=_ENGLISH_SOURCE,
     translate=translations.americas_nli,
+    translated_by=translations.BY_NLLB,
 )
 
 _KARDES = Layout(

@@ -17,6 +17,12 @@ from mtllm_jax.data import formats
 from mtllm_jax.data.benchmarks.codes import AMERICAS_NLI, TWO_LETTER
 from mtllm_jax.data.benchmarks.layouts import Layout, Row
 
+BY_NLLB = "Translate-test reads published translations by NLLB-200-distilled-600M."
+BY_NLLB_NOISY = (
+    "Translate-test reads published translations by NLLB-200-distilled-600M, noisy ones: it was"
+    " told codes that it does not know, so that they are below what it can do."
+)
+
 _NLI = Layout(
     "data/translations/nllb-200-distilled-600M/americas_nli/{language}_{split}.parquet",
     {"test": "test"},
