@@ -418,6 +418,12 @@ def test_values_that_would_stop_a_later_stage(field, value):
         config({field: value})
 
 
+def test_what_the_llm_reads_are_languages():
+    message = refusal({"evaluation.llm_languages": ("deu_Latn", "fra_Latin")})
+    assert message.startswith("config.evaluation.llm_languages: language 'fra_Latin' is not one")
+    assert read_inputs(config({"evaluation.llm_languages": ("deu_Latn", "min_Arab")}))
+
+
 def test_unknown_languages_are_named_with_their_field():
     for field, value in (("languages", ["deu_Latn", "german"]), ("english", "english")):
         with pytest.raises(ValueError, match=rf"^config\.{field}: .* the nearest are \w+, \w+, "):

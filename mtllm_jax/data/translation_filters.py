@@ -115,7 +115,6 @@ _TASK_WORDS = {
     code: re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE | re.VERBOSE)
     for code, words in _TASKS.items()
 }
-TASK_LANGUAGES = tuple(_TASKS)  # those whose instructions can be looked at
 
 
 def is_untranslatable(instruction: str, language: str) -> bool | None:

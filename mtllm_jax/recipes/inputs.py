@@ -40,7 +40,7 @@ from mtllm_jax.hf.llama import check_llama
 from mtllm_jax.hf.locate import locate
 from mtllm_jax.hf.nllb import check_nllb
 from mtllm_jax.hf.peft import check_peft
-from mtllm_jax.languages import ENGLISH, check_language
+from mtllm_jax.languages import ENGLISH, LANGUAGES, check_language
 from mtllm_jax.models import lora, quantised
 from mtllm_jax.models.bert import BertConfig
 from mtllm_jax.models.layers import Linear
@@ -143,6 +143,9 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
     tests = task.tests.values() if task else []
     evaluated = {row["language"] for rows in tests for row in rows} or {*config.languages}
     if by_llm := config.evaluation.llm_languages:
+        with naming("evaluation.llm_languages"):
+            for code in by_llm:
+                check_language(code, dict.fromkeys((*LANGUAGES, *STAND_INS, *evaluated)))
         told = f"() or codes among those evaluated, such as {min(evaluated - {config.english})}"
         some = not evaluated.isdisjoint({*by_llm} - {config.english})
         require(some, "evaluation.llm_languages", by_llm, told)
@@ -159,6 +162,8 @@ def read_inputs(config: MTLLM, revisions: Mapping[str, str] = {}) -> Inputs:
         text, note = _read_adaptation_text(config, source, task, bitext)
     if config.adaptation.training.evaluate_every and config.reads_english:
         _check_held_out(config, text)
+    if config.stage1 and (task or bitext):
+        note = "What stage 1 has read before was not searched for texts of this test or probe."
     notes = [*(bitext.notes if bitext else ()), *([note] if note else [])]
     return Inputs(config, revisions, mesh, task, text, bitext, notes)
 
@@ -273,7 +278,7 @@ def _readable_rows(
     source = config.task
     for code in source.languages:
         with naming("languages", before=""):
-            check_language(code, (*read.languages, config.english))
+            check_language(code, dict.fromkeys((*read.languages, config.english)))
     unknown: dict[str, ValueError] = {}
     for code in read.languages:
         try:
