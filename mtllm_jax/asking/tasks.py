@@ -134,7 +134,7 @@ def _of_benchmark(name: str) -> Callable[[Source], Questions]:
             name,
             source.data,
             languages=source.languages or "all",
-            english_path=source.english_data or None,
+            english_data=source.english_data or None,
             splits=("test",),
             limit=source.limit,
         )
