@@ -21,6 +21,7 @@ from mtllm_jax.asking.answering import LLM, Answers, Means, filled
 from mtllm_jax.asking.measures import Measure, Resamples, together
 from mtllm_jax.asking.prompts import read_prompt
 from mtllm_jax.asking.tasks import TASKS, Asked, Questions
+from mtllm_jax.asking.translation import Pieces
 from mtllm_jax.config import naming
 from mtllm_jax.data import formats
 from mtllm_jax.data.files import check_columns
@@ -63,11 +64,13 @@ _SHOWN_ANSWERS = 200  # characters of an answer that the report quotes
 class How:
     """How a benchmark is asked. prompt: a file; "" = the package's. template: as of `Template`;
     "" = "chat" where the tokenizer has a chat template, else "none". max_new_tokens: None = as many
-    as the benchmark's answers need."""
+    as the benchmark's answers need. spm: a sentencepiece model that translations are cut by for
+    spBLEU; "" = there is none."""
 
     prompt: str = ""
     template: str = ""
     max_new_tokens: int | None = None
+    spm: str = ""
 
 
 def is_llm(model: str, task: str) -> bool:
@@ -104,6 +107,7 @@ def evaluate(
         raise ValueError(f"--to={to} is remote; it must be a local folder, to be copied from.")
     prompt = read_prompt(source.task, task.prompt, how.prompt, tuple(task.fields))
     max_new_tokens = _limit(source, task, how)
+    pieces = _pieces(source, task, how)
     llm = _llm(model, how)
     asked = task.read(source)
     other = _Other(against, asked) if against else None
@@ -126,7 +130,7 @@ def evaluate(
         return {}
     rows = list(formats.json_records(Path(folder / _PREDICTIONS)))
     answers = [row["answer"] for _, row in rows]
-    results = _results(source, task, asked, folder, model, name, answers, other)
+    results = _results(source, task, asked, folder, model, name, answers, other, pieces)
     results |= {"prompt": prompt, "template": llm.template_name}
     problems = [row["problem"] for _, row in rows if "problem" in row]
     if problems:
@@ -198,6 +202,14 @@ def _limit(source: Source, task: Asked, how: How) -> int:
     if how.max_new_tokens is not None and how.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens is {how.max_new_tokens}; it must be at least 1.")
     return how.max_new_tokens or task.max_new_tokens
+
+
+def _pieces(source: Source, task: Asked, how: How) -> Pieces | None:
+    if not how.spm:
+        return None
+    if not task.takes_pieces:
+        raise ValueError(f"--spm has no effect on --task={source.task}, which is no translation.")
+    return Pieces(Path(how.spm))
 
 
 def _llm(model: str, how: How) -> LLM:
@@ -299,20 +311,21 @@ def _results(
     name: str,
     answers: Sequence[str],
     other: _Other | None,
+    pieces: Pieces | None,
 ) -> dict[str, Any]:
     """All of results.json but for the prompt."""
     rows, notes = asked.rows, list(asked.notes)
     languages = [row["language"] for row in rows]
     english = ENGLISH if set(languages) != {ENGLISH} else ""
     draws = Resamples([row["id"] for row in rows], languages, english)
-    ours = task.measures(rows, answers)
+    ours = task.measures(rows, answers, pieces)
     theirs: list[Measure] = []
     before = ""
     if other is not None:
         before = other.name if other.name != name else f"{other.name}, before"
         keys = [(row["id"], row["language"]) for row in rows]
         answered = np.array([key in other.answers for key in keys])
-        both = task.measures(rows, [other.answers.get(key, "") for key in keys])
+        both = task.measures(rows, [other.answers.get(key, "") for key in keys], pieces)
         theirs = together(both, answered)
         notes += _differences(other, folder, before, answered)
     measures = []

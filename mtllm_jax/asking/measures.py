@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mtllm_jax.data.identify import is_in
 from mtllm_jax.scores import CONFIDENCE, RESAMPLES
 
 _AT_ONCE = 50  # resamples in memory
@@ -40,6 +41,14 @@ def mean(name: str, about: str, values: Sequence[float | bool | None]) -> Measur
     """The mean of a value of each row; None for a row without one."""
     sums_M2 = np.array([(0, 0) if value is None else (value, 1) for value in values], float)
     return Measure(name, about, sums_M2.reshape(-1, 2))
+
+
+def off_target(name: str, codes: Sequence[str | None], answers: Sequence[str]) -> Measure:
+    """The share of answers that are not in the language that they should be in, of those where that
+    can be told. codes: None for a row that is not asked about."""
+    about = "answers in another language than they should be, of those whose language can be told"
+    told = [code and is_in(answer, code) for answer, code in zip(answers, codes, strict=True)]
+    return mean(name, about, [None if right is None else not right for right in told])
 
 
 @dataclasses.dataclass(frozen=True)

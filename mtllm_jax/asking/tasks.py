@@ -12,11 +12,15 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtllm_jax.asking.measures import Measure, mean
-from mtllm_jax.data.benchmarks import read_benchmark
-from mtllm_jax.data.benchmarks.questions import read_mgsm
-from mtllm_jax.data.identify import is_in
+from mtllm_jax.asking import mkqa
+from mtllm_jax.asking.measures import Measure, mean, off_target
+from mtllm_jax.asking.translation import Pieces, first_line, translated
+from mtllm_jax.data.benchmarks import read_benchmark, read_bitext
+from mtllm_jax.data.benchmarks.bitext import Bitext
+from mtllm_jax.data.benchmarks.flores import read_flores
+from mtllm_jax.data.benchmarks.questions import read_mgsm, read_mkqa
 from mtllm_jax.evaluate import Source
+from mtllm_jax.languages import ENGLISH
 from mtllm_jax.results import language_name
 
 Row = Mapping[str, Any]
@@ -42,16 +46,18 @@ class Asked:
 
     prompt: the file of prompts/ that is filled in. fields: what a template may name, each a text of
     the row; it must name the first. options: of a row, what the LLM chooses among by likelihood, as
-    many in each; None = it writes. max_new_tokens: of what it writes. measures: of rows and their
-    answers, the headline first.
+    many in each; None = it writes. max_new_tokens: of what it writes. measures: of rows, their
+    answers, and a sentencepiece model where the user gives one; the headline first. takes_pieces:
+    whether such a model is of use.
     """
 
     prompt: str
     fields: Mapping[str, Callable[[Row], str]]
     read: Callable[[Source], Questions]
-    measures: Callable[[Sequence[Row], Sequence[str]], list[Measure]]
+    measures: Callable[[Sequence[Row], Sequence[str], Pieces | None], list[Measure]]
     options: Callable[[Row], Sequence[str]] | None = None
     max_new_tokens: int = 0
+    takes_pieces: bool = False
 
 
 # ---------------------------------------------------------------- answers
@@ -88,12 +94,14 @@ def letters(choices: Sequence[str]) -> str:
 # ---------------------------------------------------------------- measures
 
 
-def _chosen(rows: Sequence[Row], answers: Sequence[str]) -> list[Measure]:
+def _chosen(rows: Sequence[Row], answers: Sequence[str], pieces: Pieces | None) -> list[Measure]:
     hits = [row["label"] == answer for row, answer in zip(rows, answers, strict=True)]
     return [mean("accuracy", "the choice is the right one", hits)]
 
 
-def _letters_written(rows: Sequence[Row], answers: Sequence[str]) -> list[Measure]:
+def _letters_written(
+    rows: Sequence[Row], answers: Sequence[str], pieces: Pieces | None
+) -> list[Measure]:
     read = [
         letter_in(answer, len(row["choices"])) for row, answer in zip(rows, answers, strict=True)
     ]
@@ -102,7 +110,7 @@ def _letters_written(rows: Sequence[Row], answers: Sequence[str]) -> list[Measur
     return [mean("accuracy", about, hits), _unread(read)]
 
 
-def _numbers(rows: Sequence[Row], answers: Sequence[str]) -> list[Measure]:
+def _numbers(rows: Sequence[Row], answers: Sequence[str], pieces: Pieces | None) -> list[Measure]:
     read = [number_in(answer) for answer in answers]
     about = "the last number, behind “Answer:” where that is there, is the result"
     hits = [number_in(row["label"]) == each for row, each in zip(rows, read, strict=True)]
@@ -113,16 +121,25 @@ def _numbers(rows: Sequence[Row], answers: Sequence[str]) -> list[Measure]:
     ]
 
 
+def _short(rows: Sequence[Row], answers: Sequence[str], pieces: Pieces | None) -> list[Measure]:
+    said = [first_line(answer) for answer in answers]
+    measures = []
+    for name, about, tokens in (
+        ("", "mended", mkqa.mended_tokens),
+        (", official", "by the official script's rules", mkqa.official_tokens),
+    ):
+        for kind, score in (("F1", mkqa.f1), ("exact match", mkqa.exact_match)):
+            values = [
+                score(answer, row["label"], row["lang"], tokens)
+                for row, answer in zip(rows, said, strict=True)
+            ]
+            measures.append(mean(f"{kind}{name}", f"of the answer's first line, {about}", values))
+    return [*measures, off_target("off-target", [row["language"] for row in rows], said)]
+
+
 def _unread(read: Sequence[str]) -> Measure:
     about = "answers that nothing could be read in, which count as wrong"
     return mean("no answer", about, [each == "" for each in read])
-
-
-def off_target(name: str, languages: Sequence[str], answers: Sequence[str]) -> Measure:
-    """The share of answers that are in another language, of those where it can be told."""
-    about = "answers in another language than the row's, of those whose language can be told"
-    told = [is_in(answer, code) for answer, code in zip(answers, languages, strict=True)]
-    return mean(name, about, [None if right is None else not right for right in told])
 
 
 # ---------------------------------------------------------------- rows
@@ -147,6 +164,43 @@ def _mgsm(source: Source) -> Questions:
     return Questions(read_mgsm(source.data, source.languages, source.limit))
 
 
+def _translations(read: Callable[[Source], Bitext]) -> Callable[[Source], Questions]:
+    """Each sentence from English and into it, language by language."""
+
+    def rows(source: Source) -> Questions:
+        if ENGLISH in source.languages:
+            raise ValueError(
+                f"--languages names {ENGLISH}; it must name those that are translated from English"
+                " and into it."
+            )
+        found = read(source)
+        asked = []
+        for code, (english, other) in found.pairs.items():
+            for direction, source_code, target_code, texts, labels in (
+                ("from", ENGLISH, code, english, other),
+                ("into", code, ENGLISH, other, english),
+            ):
+                asked += [
+                    {"id": f"{direction} {i}", "language": code, "text": text, "label": label}
+                    | {"source": source_code, "target": target_code}
+                    for i, (text, label) in enumerate(zip(texts, labels, strict=True))
+                ]
+        return Questions(asked, found.notes)
+
+    return rows
+
+
+def _ntrex(source: Source) -> Bitext:
+    return read_bitext(
+        "ntrex", source.data, languages=source.languages or "all", limit=source.limit
+    )
+
+
+def _mkqa(source: Source) -> Questions:
+    notes = ("Asked are MKQA's questions with a short answer, those alone.",)
+    return Questions(read_mkqa(source.data, source.languages, source.limit), notes)
+
+
 def _column(name: str) -> Callable[[Row], str]:
     return lambda row: row[name]
 
@@ -163,6 +217,19 @@ _BELEBELE = Asked(
     read=_of_benchmark("belebele"),
     measures=_chosen,
     options=lambda row: _LETTERS[: len(row["choices"])],
+)
+
+_FLORES = Asked(
+    prompt="translation.txt",
+    fields={
+        "text": _column("text"),
+        "source": lambda row: language_name(row["source"]),
+        "target": lambda row: language_name(row["target"]),
+    },
+    read=_translations(lambda source: read_flores(source.data, source.languages, source.limit)),
+    measures=translated,
+    max_new_tokens=256,
+    takes_pieces=True,
 )
 
 TASKS: dict[str, Asked] = {
@@ -184,4 +251,13 @@ TASKS: dict[str, Asked] = {
         measures=_chosen,
         options=_column("choices"),
     ),
+    "mkqa": Asked(
+        prompt="mkqa.txt",
+        fields={"question": _column("question"), **_LANGUAGE},
+        read=_mkqa,
+        measures=_short,
+        max_new_tokens=32,
+    ),
+    "flores": _FLORES,
+    "ntrex": dataclasses.replace(_FLORES, read=_translations(_ntrex)),
 }

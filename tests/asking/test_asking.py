@@ -79,7 +79,9 @@ def write_jsonl(path, rows):
     write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def asked(folder, task, against="", to="", prompt="", template="", max_new_tokens=None, **source):
+def asked(
+    folder, task, against="", to="", prompt="", template="", max_new_tokens=None, spm="", **source
+):
     """results.json, and what is printed."""
     fields = {"task": task, "data": task.split("_")[0], "english_data": "", "test": ""}
     fields |= {"languages": (), "limit": None}
@@ -87,7 +89,7 @@ def asked(folder, task, against="", to="", prompt="", template="", max_new_token
     results = asking.evaluate(
         str(folder),
         Source(**fields | source),
-        asking.How(prompt, template, max_new_tokens),
+        asking.How(prompt, template, max_new_tokens, spm),
         against=against,
         to=to,
         means=answering.Means(batch_rows=4, fsdp=1, dtype="float32"),
@@ -210,6 +212,42 @@ def test_before_and_after_stand_on_every_line(folder, here, monkeypatch, tmp_pat
     assert "some has answered 12 of the 18 rows" in results["notes"][-1]
 
 
+def test_translation_both_ways(folder, here, monkeypatch):
+    for code, text in (
+        ("eng_Latn", "the river is old and cold"),
+        ("deu_Latn", "der Fluss ist alt"),
+    ):
+        write(f"flores/devtest/{code}.devtest", f"{text}\n{text}\n{text}\n")
+    say(monkeypatch, lambda prompt: "x")
+    results, _ = asked(folder, "flores", to="before")
+    assert [one["name"] for one in results["measures"]] == [
+        *("chrF++ from English", "BLEU from English", "off-target from English"),
+        *("chrF++ into English", "BLEU into English", "off-target into English"),
+    ]
+    found = predictions("flores", "before")
+    assert found["prompt"][0].startswith("Translate this sentence from English into German.")
+    assert found["prompt"][3].startswith("Translate this sentence from German into English.")
+    assert found["id"].tolist() == [f"{way} {i}" for way in ("from", "into") for i in range(3)]
+    with pytest.raises(ValueError, match="--languages names eng_Latn; it must name those that are"):
+        asked(folder, "flores", languages=("eng_Latn",), to="G")
+
+
+def test_short_answers(folder, here, monkeypatch):
+    answers = {"en": "Bern", "de": "die Stadt Bern"}
+    entries = {lang: [{"type": "entity", "text": text}] for lang, text in answers.items()}
+    row = {"queries": {"en": "what", "de": "was"}, "answers": entries}
+    write_jsonl("mkqa/mkqa.jsonl", [row | {"example_id": i} for i in range(3)])
+    say(monkeypatch, lambda prompt: "Bern\nor Basel")
+    results, _ = asked(folder, "mkqa", languages=("eng_Latn", "deu_Latn"))
+    names = ["F1", "exact match", "F1, official", "exact match, official", "off-target"]
+    assert [one["name"] for one in results["measures"]] == names
+    entry = results["systems"]["tiny"]
+    assert entry["english"] == 1 and entry["languages"] == {"deu_Latn": pytest.approx(2 / 3)}
+    assert predictions("mkqa")["label"][0] == ["die Stadt Bern"]
+    assert "Answer in German with a few words" in predictions("mkqa")["prompt"][0]
+    asked(folder, "mkqa", languages=("eng_Latn", "deu_Latn"), against="evaluations/mkqa-tiny")
+
+
 def test_another_prompt_is_told(folder, here, monkeypatch):
     say(monkeypatch, lambda prompt: "1")
     asked(folder, "mgsm", to="before")
@@ -280,6 +318,7 @@ def test_a_stopped_start_is_gone_on_from(folder, here, monkeypatch):
         ({"prompt": "d.txt"}, r"--prompt=d\.txt has more than a name in braces"),
         ({"template": "x"}, "--template is 'x'; it may be one of chat, alpaca"),
         ({"max_new_tokens": 0}, "--max_new_tokens is 0"),
+        ({"spm": "x.model"}, "--spm has no effect on --task=mgsm, which is no translation"),
         ({"task": "xcopa", "max_new_tokens": 4}, "--max_new_tokens has no effect on --task=xcopa"),
         ({"against": "M"}, r"--against=M: M is not a file; it must be what this tool wrote"),
         ({"against": "bad.jsonl"}, "bad.jsonl, line 1: there is no column 'answer'"),

@@ -1,9 +1,15 @@
-"""Benchmarks whose answer is a text: MGSM.
+"""Benchmarks whose answer is a text: MGSM, MKQA.
 
 MGSM (Shi et al. 2022), 11 languages with English, 250 problems that are translations of each other,
 test only: mgsm_<two letters>.tsv (in mgsm/ of google-research/url-nlp, at the top of
 juletxara/mgsm on the hub), without a header and without quoting, the question and its result, which
 may have commas between thousands.
+
+MKQA (Longpre et al. 2021), 10,000 questions in 26 languages with English, without passages: one
+JSON object a line in dataset/mkqa.jsonl.gz of github.com/apple/ml-mkqa, with "queries" and
+"answers" by language. An answer has a "type", a "text" and "aliases". Read are the questions with
+short answers: entity, date, number, number_with_unit, short_phrase and binary, of which the text is
+"yes" or "no" in all languages. zh_hk, Hong Kong's, has no code of its own and is called yue_Hant.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +19,17 @@ from mtllm_jax.data import formats
 from mtllm_jax.data.benchmarks.benchmark import rank
 from mtllm_jax.data.benchmarks.codes import TWO_LETTER
 from mtllm_jax.data.benchmarks.layouts import Row
+from mtllm_jax.data.files import check_columns
 from mtllm_jax.languages import check_language
 
 _MGSM = {code: TWO_LETTER[code] for code in "bn de en es fr ja ru sw te th zh".split()}
+_MKQA = {
+    **{two: TWO_LETTER[two] for two in "ar da de en es fr he it ja ko ms ru sv th tr vi".split()},
+    "fi": "fin_Latn", "hu": "hun_Latn", "km": "khm_Khmr", "nl": "nld_Latn", "no": "nob_Latn",
+    "pl": "pol_Latn", "pt": "por_Latn", "zh_cn": "zho_Hans", "zh_hk": "yue_Hant",
+    "zh_tw": "zho_Hant",
+}  # fmt: skip
+_SHORT = ("entity", "date", "number", "number_with_unit", "short_phrase", "binary")
 
 
 def read_mgsm(
@@ -47,6 +61,45 @@ def read_mgsm(
             rows.append(
                 {"id": str(line - 1), "language": code, "question": question, "label": label}
             )
+    return few(rows, limit)
+
+
+def read_mkqa(
+    path: str | Path, languages: Sequence[str] = (), limit: int | None = None
+) -> list[Row]:
+    """Rows of "id", "language", "question", "lang", the language as MKQA calls it, and "label", a
+    list of all answers that are right.
+
+    languages, limit: as of `read_mgsm`. ValueError for a folder without the file, a language that
+    it does not have, and a row without its queries or answers.
+    """
+    folder = Path(path)
+    places = ("dataset/mkqa.jsonl.gz", "mkqa.jsonl.gz", "mkqa.jsonl")
+    file = next((folder / place for place in places if (folder / place).is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"{folder} holds no {' or '.join(places)}: that is where MKQA, of"
+            " github.com/apple/ml-mkqa, has its rows."
+        )
+    theirs = {code: lang for lang, code in _MKQA.items()}
+    codes = wanted(languages, theirs, folder)
+    rows = []
+    for line, cells in formats.json_records(file):
+        where = formats.at(file, line)
+        check_columns(cells, ("example_id", "queries", "answers"), where)
+        for code in codes:
+            lang = theirs[code]
+            question, answers = cells["queries"].get(lang), cells["answers"].get(lang)
+            if not question or not answers:
+                raise ValueError(f"{where}: there is no question or no answer in {lang!r}.")
+            if not all(answer["type"] in _SHORT for answer in answers):
+                continue
+            texts = [t for a in answers for t in (a["text"], *a.get("aliases", ())) if t]
+            rows.append(
+                {"id": str(cells["example_id"]), "language": code, "question": question}
+                | {"lang": lang, "label": list(dict.fromkeys(texts))}
+            )
+    rows.sort(key=lambda row: row["language"])
     return few(rows, limit)
 
 
