@@ -198,11 +198,15 @@ def _likelihoods(config: SDRRL, read: Mapping[str, pd.DataFrame]) -> dict[str, A
             "systems": found,
             "changes": changes,
         },
-        "gains": [sentence for name, change in changes.items() for sentence in _told(name, change)],
+        "gains": [
+            sentence
+            for name, change in changes.items()
+            for sentence in _told(name, change, config.english)
+        ],
     }
 
 
-def _told(name: str, change: Mapping[str, Any]) -> list[str]:
+def _told(name: str, change: Mapping[str, Any], english: str) -> list[str]:
     """Sentences on what a system changes in bits per character: less is likelier."""
     low, high = change["interval"]
     verdict = "likelier" if high < 0 else "less likely" if low > 0 else "neither likelier nor less"
@@ -216,7 +220,10 @@ def _told(name: str, change: Mapping[str, Any]) -> list[str]:
     if codes:
         said.append(f"No gain is told in {', '.join(codes)}.")
     if change["english"] is not None:
-        said.append(f"English: {change['english']:+.3f} bits per character.")
+        low, high = intervals[english]
+        said.append(
+            f"English: {change['english']:+.3f} bits per character, 95 % {low:+.3f} to {high:+.3f}."
+        )
     return said
 
 
