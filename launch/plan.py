@@ -1,13 +1,13 @@
 """What a run will cost: python launch/plan.py --config=FILE.py:NAME --topology=v5e:4x4
 
-Memory, FLOPs, traffic and time of stage 1 on machines that need not be here. For TPUs the step is
-compiled, where `pip install -e '.[plan]'` has brought their compiler.
+Memory, FLOPs, traffic and time of MT-LLM's stage 1 or SDRRL's tuning on machines that need not be
+here. For TPUs the step is compiled, where `pip install -e '.[plan]'` has brought their compiler.
 """
 
 from absl import flags
 
 from mtllm_jax import cli
-from mtllm_jax.config import MTLLM
+from mtllm_jax.config import MTLLM, SDRRL
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v6e:2x4, v5p:4x4x4, a100:8, h100:8")
 _GPU = flags.DEFINE_integer("gpu", None, "one GPU of 24, 48, 80 or 141 GB; an A100 is a100:1 above")
@@ -19,7 +19,7 @@ _SWEEP = flags.DEFINE_bool("sweep", False, "rank meshes and remat policies, and 
 _JSON = flags.DEFINE_string("json", None, "file that the same numbers are written to")
 
 
-def main(config: MTLLM) -> None:
+def main(config: MTLLM | SDRRL) -> None:
     """Hand the flags over."""
     # Late, so that a mistake at the door is answered before anything heavy is imported.
     from mtllm_jax.metrics import Console
@@ -39,4 +39,4 @@ def main(config: MTLLM) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_main(main, __doc__, cli.of_mtllm, resumes=lambda: False)
+    cli.run_main(main, __doc__, cli.of_recipe, resumes=lambda: False)

@@ -6,8 +6,6 @@ The same command again goes on where it stopped; on a finished run it prints the
 """
 
 import importlib
-from collections.abc import Mapping
-from typing import Any
 
 from absl import flags
 from etils import epath
@@ -22,19 +20,6 @@ _COMPILED = flags.DEFINE_string("compile_cache", None, "of compiled programs (WO
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "write event files in each stage's folder")
 _WANDB = flags.DEFINE_string("wandb", "", "project of Weights & Biases that metrics go to")
 _PROFILE = flags.DEFINE_string("profile", None, "steps to be profiled, as adaptation:100-110")
-
-RECIPES: dict[str, tuple[type[MTLLM] | type[SDRRL], str]] = {
-    "mtllm": (MTLLM, "mtllm_jax.recipes.mtllm"),
-    "sdrrl": (SDRRL, "mtllm_jax.recipes.sdrrl"),
-}
-
-
-def schema(values: Mapping[str, Any]) -> type:
-    """The config class of the recipe that a config file names."""
-    recipe = values.get("recipe")
-    if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise ValueError(f"config.recipe is {recipe!r}; it must be one of {', '.join(RECIPES)}.")
-    return RECIPES[recipe][0]
 
 
 def main(config: MTLLM | SDRRL) -> None:
@@ -55,7 +40,7 @@ def main(config: MTLLM | SDRRL) -> None:
     if results is not None:
         console.print(results_table(results, epath.Path(path), console.width))
         return
-    recipe = importlib.import_module(RECIPES[config.recipe][1])
+    recipe = importlib.import_module(f"mtllm_jax.recipes.{config.recipe}")
     profile = parse_profile(_PROFILE.value) if _PROFILE.value else None
     watch = Watch(tensorboard=_TENSORBOARD.value, wandb=_WANDB.value, profile=profile)
     watch.check(config.steps())
@@ -71,4 +56,4 @@ def main(config: MTLLM | SDRRL) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_main(main, __doc__, schema, resumes=lambda: not _DRY_RUN.value)
+    cli.run_main(main, __doc__, cli.of_recipe, resumes=lambda: not _DRY_RUN.value)

@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import config_dict, config_flags
 
 from mtllm_jax import distributed
-from mtllm_jax.config import MTLLM
+from mtllm_jax.config import MTLLM, SDRRL
 from mtllm_jax.interrupt import (
     Interrupted,
     graceful_stop,
@@ -52,6 +52,7 @@ __all__ = [
 
 Schema = Callable[[Mapping[str, Any]], type]
 
+RECIPES: dict[str, type[MTLLM] | type[SDRRL]] = {"mtllm": MTLLM, "sdrrl": SDRRL}
 _OVERRIDE = re.compile(r"--?(no)?config\.(?P<path>[^=]*)(=(?P<text>.*))?", re.DOTALL)
 _LIBRARIES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -143,6 +144,14 @@ def run_main(
             code = 1 if lost else 2
     distributed.leave(code)
     sys.exit(code)
+
+
+def of_recipe(values: Mapping[str, Any]) -> type:
+    """The config class of the recipe that a config file names. ValueError where it names none."""
+    recipe = values.get("recipe")
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise ValueError(f"config.recipe is {recipe!r}; it must be one of {', '.join(RECIPES)}.")
+    return RECIPES[recipe]
 
 
 def of_mtllm(values: Mapping[str, Any]) -> type[MTLLM]:

@@ -1,4 +1,4 @@
-"""FLOPs of a step of stage 1, in which a frozen weight costs what it costs and no more.
+"""FLOPs of a training step, in which a frozen weight costs what it costs and no more.
 
 S encoder positions, T decoder positions, N weights of the matrix products that a position goes
 through, A = layers × heads × head width.
@@ -9,7 +9,7 @@ frozen matrices that gradients pass through 4N; trained ones 6N; the bridge, whe
 asks for a gradient, 4N. Attention has no weights: scores and the mean of the values are 4·A·S a
 position, and twice that backward, whatever is frozen. Causal attention counts as full, as is the
 custom (arXiv 2204.02311, appendix B). Embedding lookups are 0. Norms, softmax, pooling and
-other work by element are left out.
+other work by element are left out. Logits are a product with the vocabulary's matrix.
 
 A bridge that shortens texts gives the LLM S / stride positions; the parts of windows that end texts
 are left out, and so is what remat computes again of encoder layers that learn.
@@ -104,6 +104,38 @@ def adaptation_flops(
     return Flops(
         model=parts(S * batch.source_fill, T * batch.target_fill, batch.texts),
         hardware=parts(S, T, 1.0) | again,
+    )
+
+
+def tuning_flops(
+    trainable: Any, frozen: Any, llm: LlamaConfig, batch: Batch, *, in_pieces: bool
+) -> Flops:
+    """Of a step in which an LLM learns tokens from those before them.
+
+    trainable, frozen: the two states of the `Llama`, arrays or shapes; all of it learns, or
+    adapters alone. in_pieces: whether logits are computed piece by piece, and so twice. The first
+    layer's maps count as if something below them learnt, adapters or not.
+    """
+    reader = _reader(trainable, frozen, "layers", llm, "down")
+    vocabulary = llm.vocab_size * llm.width
+    of_position = (6.0 if "embedding" in trainable else 4.0) * vocabulary
+
+    def parts(positions: float, others: float) -> dict[str, float]:
+        return {
+            "LLM": reader.forward(positions) + reader.backward(positions),
+            "LLM's attention": 3.0 * reader.attend(positions, others),
+            "vocabulary": of_position * positions,
+        }
+
+    T = batch.target_length
+    positions = float(batch.rows * T)
+    again = {"LLM, again": reader.again(positions, T)}
+    if in_pieces:
+        again["vocabulary, again"] = 2.0 * vocabulary * positions
+    tokens = T * batch.target_fill
+    return Flops(
+        model=parts(batch.rows * tokens, tokens / batch.texts),
+        hardware=parts(positions, T) | again,
     )
 
 

@@ -14,7 +14,7 @@ from mtllm_jax import config as c
 from mtllm_jax import flops
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
-from mtllm_jax.plan import abstract, sizes
+from mtllm_jax.plan import adaptation, sizes
 
 # Wide enough for the matrix products to be nearly all that XLA counts, and small to compile.
 ENCODER = NLLBConfig(
@@ -54,7 +54,7 @@ def step(trained="lora", remat="none"):
         lora=c.LoRA(rank=16, alpha=32, dropout=0.0, targets=("all",)),
         adaptation=c.Adaptation(training=TRAINING),
     )
-    return abstract.stage_1(config, ENCODER, LLM)
+    return adaptation.stage_1(config, ENCODER, LLM)
 
 
 def counted(function, *arguments):
@@ -105,7 +105,7 @@ def test_weights_are_counted_by_what_is_asked_of_them(trained):
     """Llama-3-8B under NLLB-600M, by the numbers of their weights."""
     config = dataclasses.replace(llama3_8b(), trained=trained)
     encoder, llm = sizes.encoder_sizes(config, "nllb-600m"), sizes.llm_sizes(config, "llama3-8b")
-    one = abstract.stage_1(config, encoder, llm)
+    one = adaptation.stage_1(config, encoder, llm)
     batch = flops.Batch(rows=256, source_length=512, target_length=384)
     got = formula(one, batch).model
     sources, targets = 256 * 512, 256 * 384

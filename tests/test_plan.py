@@ -17,10 +17,12 @@ from flax import nnx
 from configs.mtllm import RECIPES, llama3_8b, llama3_8b_24gb, mini
 from mtllm_jax import chips, sharding
 from mtllm_jax import config as c
-from mtllm_jax.plan import abstract, compiled, report, search, sizes
+from mtllm_jax.models.llama import Llama
+from mtllm_jax.plan import adaptation, compiled, report, search, sizes
 from mtllm_jax.plan.estimate import estimate
-from mtllm_jax.plan.plan import make_plan, numbers, task_stages
+from mtllm_jax.plan.plan import make_plan, numbers
 
+with_training = adaptation.Adaptation.with_training
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,13 +30,11 @@ ROOT = Path(__file__).parents[1]
 def step(**changes):
     config = dataclasses.replace(llama3_8b(), **changes)
     encoder, llm = sizes.encoder_sizes(config, "nllb-600m"), sizes.llm_sizes(config, "llama3-8b")
-    return abstract.stage_1(config, encoder, llm)
+    return adaptation.stage_1(config, encoder, llm)
 
 
 def with_rows(rows, **values):
-    return search.with_config(
-        step(), search.with_training(step().config, batch_rows=rows, **values)
-    )
+    return step().under(with_training(step().config, batch_rows=rows, **values))
 
 
 # ---------------------------------------------------------------- machines and models
@@ -86,7 +86,7 @@ def test_machines_that_are_none_are_refused(make, given, message):
 def test_published_llms_have_their_number_of_weights(name, millions):
     config = dataclasses.replace(mini(), mini_llama=None)
     llm = sizes.llm_sizes(config, name)
-    shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: abstract.Llama(llm, nnx.Rngs(0)))))
+    shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: Llama(llm, nnx.Rngs(0)))))
     assert sum(x.size for x in shapes) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
@@ -111,7 +111,7 @@ def test_the_sizes_of_e5_are_those_of_its_folder(mtllm_models):
     "config",
     [
         dataclasses.replace(llama3_8b(), stage1="runs/xnli"),
-        search.with_training(llama3_8b(), steps=0),
+        with_training(llama3_8b(), steps=0),
     ],
 )
 def test_a_run_without_stage_1_has_no_plan(config):
@@ -135,7 +135,7 @@ def test_sizes_come_from_folders_and_from_the_recipe(tmp_path):
 
 def test_the_stages_of_the_task_cost_what_their_matrices_ask_for():
     """Forward, back to the activations, and again where remat asks for it: 6 FLOPs a weight."""
-    found = task_stages(make_plan(step(), chips.topology("h100:8"), by_compiler=False))
+    found = step().beside(chips.topology("h100:8"))["task_stages"]
     weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
     training = llama3_8b().teacher
     tokens = training.batch_rows * training.target_length
@@ -159,7 +159,7 @@ def test_what_lies_on_a_chip_is_what_placing_arrays_puts_there(dtype):
     encoder = dataclasses.replace(sizes.ENCODERS["nllb-600m"], width=128, vocab_size=1001)
     mesh = c.Mesh(data=2, fsdp=2, tensor=2)
     config = dataclasses.replace(llama3_8b(), mesh=mesh, frozen_dtype=dtype)
-    small = abstract.stage_1(search.with_training(config, batch_rows=8), encoder, llm)
+    small = adaptation.stage_1(with_training(config, batch_rows=8), encoder, llm)
     machine = chips.topology("h100:8")
     found = estimate(small, machine).memory
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:8])
@@ -192,7 +192,7 @@ def test_the_recipe_for_24_gb_fits_them():
     whole, training = llama3_8b().adaptation.training, config.adaptation.training
     assert training == dataclasses.replace(whole, accumulation=training.accumulation)
     encoder, llm = sizes.ENCODERS["nllb-600m"], sizes.LLMS["llama3-8b"]
-    plan = make_plan(abstract.stage_1(config, encoder, llm), chips.one_gpu(24), by_compiler=False)
+    plan = make_plan(adaptation.stage_1(config, encoder, llm), chips.one_gpu(24), by_compiler=False)
     assert plan.fits and plan.largest_batch >= whole.batch_rows
     # A byte for each weight of the LLM's maps (32 layers: two of D × D, two of D × 1024, three of
     # D × F) and four for each output; two for each of the embeddings' and the output's.
@@ -290,13 +290,13 @@ def test_what_the_compiler_could_not_fit_is_not_said_to_fit(monkeypatch):
 
 def test_a_mesh_that_is_suggested_is_the_one_that_its_flags_give():
     mesh = c.Mesh(data=4, fsdp=1, tensor=-1, context=2)
-    changes = search._smaller(step(mesh=mesh).config, chips.topology("v5e:4x4"))
+    changes = search._smaller(step(mesh=mesh), chips.topology("v5e:4x4"))
     flags, make = changes[0]
     assert flags.split() == [
         "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.mesh.tensor=2"
     ]  # fmt: skip
     assert make(step().config).mesh == c.Mesh(data=1, fsdp=-1, tensor=2, context=2)
-    whole = step(mesh=c.Mesh(data=1, fsdp=-1, context=2)).config
+    whole = step(mesh=c.Mesh(data=1, fsdp=-1, context=2))
     flags = [flags for flags, _ in search._smaller(whole, chips.topology("v5e:4x4"))]
     assert not any("mesh" in flag for flag in flags)
 
@@ -308,7 +308,7 @@ def test_a_sweep_holds_what_fits_the_fastest_first():
     assert times == sorted(times)
     meshes = set()
     for one in found:
-        mesh, training = one.config.mesh, one.config.adaptation.training
+        mesh, training = one.step.config.mesh, one.step.training
         assert mesh.data * mesh.fsdp * mesh.tensor == 16
         assert training.batch_rows % (mesh.data * mesh.fsdp * training.accumulation) == 0
         assert search.fits(one.estimate.memory, machine)
@@ -381,7 +381,7 @@ def test_the_compiler_of_tpus_agrees_on_a_small_model():
     llm = dataclasses.replace(sizes.LLMS["llama3-8b"], width=1024, ffn_width=2048, num_layers=3)
     llm = dataclasses.replace(llm, num_heads=8, vocab_size=1024)
     encoder = dataclasses.replace(sizes.ENCODERS["nllb-600m"], encoder_layers=3, vocab_size=1024)
-    small = abstract.stage_1(search.with_training(llama3_8b(), batch_rows=16), encoder, llm)
+    small = adaptation.stage_1(with_training(llama3_8b(), batch_rows=16), encoder, llm)
     plan = make_plan(small, chips.topology("v5e:4x4"), by_compiler=True)
     assert isinstance(plan.found, compiled.Compiled) and plan.fits
     gathered = plan.found.traffic["all-gather"] + plan.found.traffic.get("collective-permute", 0)

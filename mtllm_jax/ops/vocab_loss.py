@@ -132,8 +132,7 @@ def _over_positions(
     logits of theirs are no more than `most_logits` on a device. 0 must come of zeros."""
     B, T = arrays[0].shape[:2]
     V = kernel_VD.shape[0]
-    of_position = B * V / layout.ways(B, "rows") / layout.ways(V, "vocab")
-    size = min(T, max(1, int(most_logits / of_position)))
+    size = positions_at_once(B, T, V, most_logits)
     num = -(-T // size)
     if num == 1:
         return summed(*arrays)
@@ -148,6 +147,16 @@ def _over_positions(
         return total + jax.checkpoint(summed)(*piece), None
 
     return jax.lax.scan(step, jnp.zeros((), jnp.float32), pieces)[0]
+
+
+def positions_at_once(B: int, T: int, V: int, most_logits: float = MOST_LOGITS) -> int:
+    """Positions of all rows whose logits `cross_entropy_of_rows` computes together."""
+    return min(T, max(1, int(most_logits / logits_of_position(B, V))))
+
+
+def logits_of_position(B: int, V: int) -> float:
+    """Those that a device has of one position of all rows."""
+    return B * V / layout.ways(B, "rows") / layout.ways(V, "vocab")
 
 
 def sampled_vocabulary(is_label_V: np.ndarray, num_sampled: int, key: Array) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import time
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -43,7 +44,7 @@ def is_there() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compile_for(step: abstract.Step, machine: Machine) -> Compiled | TooLarge:
+def compile_for(step: abstract.Step[Any], machine: Machine) -> Compiled | TooLarge:
     """Compile the step for a TPU machine. ValueError for a topology that TPUs do not come in."""
     mesh = sharding.make_mesh(step.config.mesh, _devices(machine))
     lowered = step.lower(mesh)

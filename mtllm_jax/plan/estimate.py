@@ -1,7 +1,7 @@
 """A step's memory, traffic and time by arithmetic: what no compiler is needed for.
 
-t positions of a chip in a micro-batch, S encoder and T decoder positions of a row, D LLM width,
-F feed-forward width, L LLM layers, N heads, H head width.
+t positions of a chip in a micro-batch, D LLM width, F feed-forward width, L LLM layers, N heads,
+H head width, V vocabulary.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from mtllm_jax import flops
 from mtllm_jax.chips import Machine
-from mtllm_jax.models.nllb import NLLBConfig
 from mtllm_jax.ops.attention import MOST_SCORES, choose_backend
 from mtllm_jax.plan import abstract
 
@@ -71,16 +70,10 @@ class Estimate:
     seconds: Seconds
 
 
-def estimate(step: abstract.Step, machine: Machine) -> Estimate:
+def estimate(step: abstract.Step[Any], machine: Machine) -> Estimate:
     """ValueError where the machine's chips are not those of the config's mesh."""
     layout = _Layout(step, machine)
-    training = step.config.adaptation.training
-    batch = flops.Batch(
-        training.batch_rows, training.source_length, training.target_length, step.texts
-    )
-    trainable, frozen = step.state.trainable, step.frozen["stack"]
-    stride = step.config.bridge.stride
-    counted = flops.adaptation_flops(trainable, frozen, step.encoder, step.llm, batch, stride)
+    counted = step.flops(layout.mesh)
     moved, traffic = layout.memory_traffic(), layout.traffic()
     return Estimate(
         memory=layout.memory(),
@@ -105,24 +98,24 @@ def seconds_of(
 
 
 class _Layout:
-    """One step on one mesh: what a chip holds, reads, receives. Where the bridge shortens texts, or
-    encoder layers learn, activations are still those of a student that reads all positions of a
-    frozen encoder."""
+    """One step on one mesh: what a chip holds, reads, receives."""
 
-    def __init__(self, step: abstract.Step, machine: Machine):
-        self.step, config = step, step.config
-        self.training, self.llm = config.adaptation.training, step.llm
-        self.mesh = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform)
+    def __init__(self, step: abstract.Step[Any], machine: Machine):
+        self.step, self.passes, self.learner = step, step.passes(), step.learner
+        self.training, self.llm = step.training, step.llm
+        self.mesh = step.mesh(machine)
         self.data, self.fsdp, self.context, self.tensor = (
             self.mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor")
         )
-        self.dtype = jnp.dtype(config.compute_dtype)
-        # Rows of a chip in a micro-batch, and their positions there.
+        self.dtype = jnp.dtype(step.config.compute_dtype)
+        # Rows of a chip in a micro-batch.
         self.times = self.training.accumulation
         self.rows = self.training.batch_rows / (self.data * self.fsdp * self.times)
-        self.sources = self.rows * self.training.source_length / self.context
-        self.targets = self.rows * self.training.target_length / self.context
         self.platform = machine.chip.platform
+
+    def positions(self, one: abstract.Pass) -> float:
+        """Those of a pass on a chip, in a micro-batch."""
+        return self.rows * one.length / self.context
 
     # ------------------------------------------------------------ memory
 
@@ -145,7 +138,7 @@ class _Layout:
         )
 
     def saved(self) -> float:
-        """What each layer of the student leaves for the backward pass."""
+        """What each layer of the LLM that learns leaves for the backward pass."""
         D, F = self.llm.width, self.llm.ffn_width / self.tensor
         queries = self.llm.num_heads * self.llm.head_width / self.tensor
         keys = 2 * self.llm.num_kv_heads * self.llm.head_width / self.tensor
@@ -154,22 +147,28 @@ class _Layout:
             position += queries + keys + 2 * D + 2 * F
         elif self.llm.remat == "none":
             position += _SAVED_D * D + _SAVED_F * F + _SAVED_H * (queries + keys)
-        return self.llm.num_layers * self.sources * position * self.dtype.itemsize
+        positions = self.positions(self.learner)
+        return self.llm.num_layers * positions * position * self.dtype.itemsize
 
     def working(self) -> float:
-        """The most that lives at once while one layer of the student is gone through backward."""
+        """The most that lives at once beside that: in a layer, or where the loss is."""
+        return max(self.in_layer(), self.step.loss_bytes(self.mesh))
+
+    def in_layer(self) -> float:
+        """While one layer is gone through backward."""
         D, F = self.llm.width, self.llm.ffn_width / self.tensor
         position = _WORKING_D * D + _WORKING_F * F
         # Matrices that are gathered, or widened from int8.
         weights = 2 * D * F if self.fsdp > 1 or self.step.config.frozen_dtype == "int8" else 0.0
-        return (self.sources * position + weights) * self.dtype.itemsize + self.scores()
+        positions = self.positions(self.learner)
+        return (positions * position + weights) * self.dtype.itemsize + self.scores()
 
     def scores(self) -> float:
         """Of attention by plain products, which holds them for some queries at a time."""
         if self.attention() != "xla":
             return 0.0
         heads = self.llm.num_heads / self.tensor
-        at_once = self.sources * heads * self.training.source_length
+        at_once = self.positions(self.learner) * heads * self.learner.length
         return min(at_once, MOST_SCORES) * _SCORE_BYTES
 
     def attention(self) -> str:
@@ -188,58 +187,55 @@ class _Layout:
 
     def traffic(self) -> dict[str, float]:
         """Bytes that a chip receives in a step, by kind of collective."""
-        frozen, trainable = self.step.frozen["stack"], self.step.state.trainable
         width, times = self.dtype.itemsize, self.times
-        kernels = self._kernels(frozen, "llm") + self._kernels(trainable, "llm")
-        # The student forward and backward, the teacher and the encoder once.
-        gathered = 3 * kernels + self._kernels(frozen, "encoder")
-        learnt = sum(x.size for x in jax.tree.leaves(trainable))
-        embedded = self.sources * self.step.encoder.width + self.targets * self.llm.width
+        gathered = sum(_gathers(one) * self._kernels(one) for one in self.passes)
+        learnt = sum(x.size for x in jax.tree.leaves(self.step.state.trainable))
+        embedded = sum(self.positions(one) * one.embedding for one in self.passes)
         cut_by_fsdp = _share(self.fsdp) / self.tensor
         return {
             "all-gather": times * (gathered * cut_by_fsdp + width * self._keys()),
-            "reduce-scatter": times * width * learnt * cut_by_fsdp,
+            "reduce-scatter": times * width * self.step.num_reduced() * cut_by_fsdp,
             "all-reduce": times * width * self._tensor_sums()
             + 2 * _share(self.data) * times * width * learnt / (self.fsdp * self.tensor),
             "all-to-all": times * width * embedded * _share(self.fsdp),
         }
 
+    def _reads(self, one: abstract.Pass) -> int:
+        """How often a pass reads its matrices: forward, again, and backward."""
+        return 1 + one.backward * (2 if self.llm.remat == "full" else 1)
+
     def _tensor_sums(self) -> float:
         """Elements summed over the tensor axis: two a layer forward, one again, two backward."""
-        of_llm = self.llm.num_layers * self.llm.width
-        again = 1 if self.llm.remat == "full" else 0
-        encoder = self.step.encoder
-        layers = encoder.encoder_layers if isinstance(encoder, NLLBConfig) else encoder.num_layers
-        read = self.sources * ((4 + again) * of_llm + 2 * layers * encoder.width)
-        return 2 * _share(self.tensor) * (read + 2 * self.targets * of_llm)
+        sums = (
+            self.positions(one) * one.num_layers * one.width * (self._reads(one) + 1 + one.backward)
+            for one in self.passes
+        )
+        return 2 * _share(self.tensor) * sum(sums)
 
     def _keys(self) -> float:
-        """Elements of keys and values that a chip gathers from the others of its row."""
-        width = 2 * self.llm.num_kv_heads * self.llm.head_width / self.tensor
-        others = _share(self.context) * self.context * self.llm.num_layers * width
-        return others * (3 * self.sources + self.targets)
+        """Elements of keys and values that a chip gathers from the others of its row: forward, and
+        twice more backward."""
+        keys = (self.positions(one) * one.keys * (3 if one.backward else 1) for one in self.passes)
+        return _share(self.context) * self.context * sum(keys) / self.tensor
 
     def memory_traffic(self) -> float:
         """Bytes read from and written to a chip's memory in a step, as far as products go: what
         each reads and leaves, and weights as often as they are read or gathered."""
-        frozen, trainable = self.step.frozen["stack"], self.step.state.trainable
-        llm = self._kernels(frozen, "llm") + self._kernels(trainable, "llm")
-        encoder = self._kernels(frozen, "encoder")
-        gathers = 1 if self.fsdp > 1 else 0
-        again = 1 if self.llm.remat == "full" else 0
-        weights = ((3 + again) * llm + encoder + gathers * (3 * llm + encoder)) / self.tensor
-        ends = _ends(frozen, "llm") + _ends(trainable, "llm")
-        forward = self.targets * ends + self.sources * (ends + _ends(frozen, "encoder"))
-        moved = forward + self.sources * (2 + again) * ends
-        state = 2 * (self.bytes_of(trainable) + self.bytes_of(self.step.state.opt_state))
+        weights = moved = 0.0
+        for one in self.passes:
+            gathers = _gathers(one) if self.fsdp > 1 else 0
+            weights += (self._reads(one) + gathers) * self._kernels(one) / self.tensor
+            # Backward twice: for the gradients of what was read, and for those of the weights.
+            moved += (self._reads(one) + one.backward) * self.positions(one) * _ends(one)
+        trained = self.step.state.trainable, self.step.state.opt_state
+        state = 2 * sum(map(self.bytes_of, trained))
         return self.times * (weights + self.dtype.itemsize * moved / self.tensor) + state
 
-    def _kernels(self, state: Any, part: str) -> int:
-        """Bytes of the matrices of linear maps below `state[part]`, as products read them: in
-        int8, or else in the dtype that is computed in."""
+    def _kernels(self, one: abstract.Pass) -> int:
+        """Bytes of the matrices of a pass, as products read them: in int8, or else in the dtype
+        that is computed in."""
         return sum(
-            math.prod(x.shape) * (1 if x.dtype == jnp.int8 else self.dtype.itemsize)
-            for x in _matrices(state, part)
+            x.size * (1 if x.dtype == jnp.int8 else self.dtype.itemsize) for x in one.matrices
         )
 
 
@@ -248,13 +244,12 @@ def _share(ways: int) -> float:
     return (ways - 1) / ways
 
 
-def _ends(state: Any, part: str) -> int:
-    """Inputs and outputs of all linear maps below `state[part]` together, for one position."""
-    shapes = (x.shape for x in _matrices(state, part))
+def _gathers(one: abstract.Pass) -> int:
+    """How often its matrices are gathered: forward, and again backward unless they were kept."""
+    return 1 + (one.backward and not one.kept)
+
+
+def _ends(one: abstract.Pass) -> int:
+    """Inputs and outputs of all linear maps of a pass together, for one position."""
+    shapes = (x.shape for x in one.matrices)
     return sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
-
-
-def _matrices(state: Any, part: str) -> list[jax.ShapeDtypeStruct]:
-    """The matrices of linear maps below `state[part]`."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.get(part, {}))
-    return [x for path, x in leaves if flops.is_matrix(path)]

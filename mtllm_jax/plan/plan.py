@@ -1,4 +1,4 @@
-"""A plan: what stage 1 of a recipe costs on a machine, by the compiler where there is one.
+"""A plan: what a recipe's step costs on a machine, by the compiler where there is one.
 
 Its numbers as a dict are what `--json` writes.
 """
@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtllm_jax.chips import Machine
-from mtllm_jax.config import Training
-from mtllm_jax.flops import Batch, adaptation_flops
 from mtllm_jax.plan import abstract, compiled, search
 from mtllm_jax.plan.compiled import Compiled, TooLarge
 from mtllm_jax.plan.estimate import Estimate, Memory, Seconds, estimate, seconds_of
@@ -19,7 +17,7 @@ from mtllm_jax.plan.estimate import Estimate, Memory, Seconds, estimate, seconds
 class Plan:
     """estimate: by arithmetic; found: what the compiler says, None where it was not asked."""
 
-    step: abstract.Step
+    step: abstract.Step[Any]
     machine: Machine
     estimate: Estimate
     found: Compiled | TooLarge | None
@@ -49,7 +47,7 @@ class Plan:
         return not isinstance(self.found, TooLarge) and search.fits(self.memory, self.machine)
 
 
-def make_plan(step: abstract.Step, machine: Machine, *, by_compiler: bool) -> Plan:
+def make_plan(step: abstract.Step[Any], machine: Machine, *, by_compiler: bool) -> Plan:
     """by_compiler: compile the step too, which must be for TPUs."""
     estimated = estimate(step, machine)
     found = compiled.compile_for(step, machine) if by_compiler else None
@@ -74,18 +72,17 @@ def make_plan(step: abstract.Step, machine: Machine, *, by_compiler: bool) -> Pl
 
 def numbers(plan: Plan) -> dict[str, Any]:
     """Everything of a plan as plain values. GB are 10⁹ bytes; memory and traffic are one chip's."""
-    config, machine, seconds = plan.step.config, plan.machine, plan.seconds
-    training = config.adaptation.training
-    positions = training.batch_rows * training.source_length
+    step, machine, seconds = plan.step, plan.machine, plan.seconds
+    config, training = step.config, step.training
+    positions = training.batch_rows * step.learner.length
     chip_seconds = seconds.roofline * machine.num_chips
     flops = plan.estimate.flops
-    mesh = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform)
     result = {
         "recipe": config.name,
         "machine": machine.name,
         "chip": machine.chip.name,
         "chips": machine.num_chips,
-        "mesh": dict(mesh.shape),
+        "mesh": dict(step.mesh(machine).shape),
         "source": "compiler" if isinstance(plan.found, Compiled) else "analytic",
         "fits": plan.fits,
         "batch_rows": training.batch_rows,
@@ -110,7 +107,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "mfu_at_roofline": flops.model_total / (chip_seconds * machine.chip.tflops * 1e12),
         "tokens_per_second_per_chip": positions / chip_seconds,
         "chip_hours": training.steps * chip_seconds / 3600,
-        "task_stages": task_stages(plan),
+        **step.beside(machine),
         "largest_batch": plan.largest_batch,
         "suggestions": [
             {"flags": c.flags, "hbm_gb_per_chip": round(c.peak / 1e9, 3), "fits": c.fits}
@@ -122,39 +119,6 @@ def numbers(plan: Plan) -> dict[str, Any]:
     if isinstance(plan.found, TooLarge):
         result["compiler_said"] = plan.found.said
     return result
-
-
-def task_stages(plan: Plan) -> dict[str, dict[str, float]]:
-    """What the stages of the task cost at least: steps, FLOPs of one, chip-hours of all.
-
-    By arithmetic, as if computing were all that takes time.
-    """
-    step, machine = plan.step, plan.machine
-    config = step.config
-    trainable, frozen = step.state.trainable, step.frozen["stack"]
-
-    def hardware(training: Training, length: int, stride: int = 1) -> Mapping[str, float]:
-        batch = Batch(training.batch_rows, source_length=length)
-        return adaptation_flops(trainable, frozen, step.encoder, step.llm, batch, stride).hardware
-
-    teacher, student = config.teacher, config.distillation.training
-    # The teacher is what the student's LLM is, and reads tokens of its own.
-    parts = hardware(teacher, teacher.target_length)
-    by_stage = {
-        "teacher": (teacher, sum(n for name, n in parts.items() if name.startswith("student"))),
-        "distillation": (
-            student,
-            sum(hardware(student, student.source_length, config.bridge.stride).values()),
-        ),
-    }
-    return {
-        name: {
-            "steps": training.steps,
-            "flops_per_step": flops,
-            "chip_hours": training.steps * flops / (machine.chip.tflops * 1e12) / 3600,
-        }
-        for name, (training, flops) in by_stage.items()
-    }
 
 
 def _rounded(sizes: Mapping[str, float]) -> dict[str, float]:

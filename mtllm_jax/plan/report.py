@@ -8,13 +8,17 @@ from typing import Any
 import jax
 
 from mtllm_jax import chips, sharding
-from mtllm_jax.config import MTLLM, naming, require
+from mtllm_jax.config import MTLLM, SDRRL, naming
 from mtllm_jax.metrics import Console, duration, number
 from mtllm_jax.ops.attention import check_attention
-from mtllm_jax.plan import abstract, compiled, search, sizes
+from mtllm_jax.plan import abstract, compiled, search
+from mtllm_jax.plan.adaptation import Adaptation
 from mtllm_jax.plan.compiled import Compiled, TooLarge
 from mtllm_jax.plan.plan import Plan, make_plan, numbers
+from mtllm_jax.plan.tuning import Tuning
 
+# What is planned of each recipe.
+STEPS: dict[str, type[abstract.Step[Any]]] = {"mtllm": Adaptation, "sdrrl": Tuning}
 _SHOWN = 10  # of a sweep's candidates, and
 _SUGGESTED = 4  # of what would fit
 
@@ -33,17 +37,16 @@ class Options:
     json: str | None
 
 
-def run(config: MTLLM, options: Options, console: Console) -> None:
-    """Plan stage 1 of a recipe and print it. ValueError for what cannot be planned."""
+def run(config: MTLLM | SDRRL, options: Options, console: Console) -> None:
+    """Plan a recipe's step and print it. ValueError for what cannot be planned."""
     # Nothing is computed here, and a TPU or GPU that is there is left to others.
     jax.config.update("jax_platforms", "cpu")
-    require(not config.stage1, "stage1", config.stage1, "'', as a plan is of stage 1")
-    steps = config.adaptation.training.steps
-    require(steps >= 1, "adaptation.training.steps", steps, "at least 1, as a plan is of stage 1")
+    kind = STEPS[config.recipe]
+    kind.check(config)
     machine = _machine(options)
     if options.texts < 1:
         raise ValueError(f"--texts is {options.texts}; it must be at least 1.")
-    if config.adaptation.training.packing and options.texts == 1:
+    if kind.training_of(config).packing and options.texts == 1:
         console.warn("rows are packed, and --texts, how many texts a row holds, is taken to be 1.")
     out = None if options.json is None else Path(options.json)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -52,15 +55,13 @@ def run(config: MTLLM, options: Options, console: Console) -> None:
     if by_compiler and not compiled.is_there():
         by_compiler = False
         console.warn("libtpu is absent, so all is by arithmetic; pip install -e '.[plan]' has it.")
-    encoder = sizes.encoder_sizes(config, options.encoder)
-    llm = sizes.llm_sizes(config, options.llm)
-    step = abstract.stage_1(config, encoder, llm, options.texts)
+    step = kind.of_names(config, options.encoder, options.llm, options.texts)
     swept = []
     if options.sweep:
         swept = search.sweep(step, machine)
         show_sweep(swept, machine, console)
         if swept:
-            step = abstract.stage_1(swept[0].config, encoder, llm, options.texts)
+            step = step.made_with(swept[0].step.config)
     _check(step, machine)
     if by_compiler:
         console.print(f"Compiling the step for {machine.name}; minutes, for large models.")
@@ -80,9 +81,9 @@ def _machine(options: Options) -> chips.Machine:
     return chips.topology(options.topology)
 
 
-def _check(step: abstract.Step, machine: chips.Machine) -> None:
+def _check(step: abstract.Step[Any], machine: chips.Machine) -> None:
     """Raise ValueError for what a run on the machine would refuse, or a plan leaves out."""
-    config, training = step.config, step.config.adaptation.training
+    config, training = step.config, step.training
     if config.mesh.slices != 1:
         raise ValueError(f"config.mesh.slices is {config.mesh.slices}; a plan is for one slice, 1.")
     with naming("attention"):
@@ -94,27 +95,26 @@ def _check(step: abstract.Step, machine: chips.Machine) -> None:
             dtype=config.compute_dtype,
             context=config.mesh.context,
         )
-    mesh: Any = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform)
-    rows = "adaptation.training.batch_rows"
+    mesh: Any = step.mesh(machine)
+    rows = f"{step.WHERE}.batch_rows"
     sharding.check_rows(training.batch_rows, mesh, rows, training.accumulation)
     for side in ("source_length", "target_length"):
-        sharding.check_length(getattr(training, side), mesh, f"adaptation.training.{side}")
+        sharding.check_length(getattr(training, side), mesh, f"{step.WHERE}.{side}")
 
 
 def show(plan: Plan, console: Console) -> None:
     """The tables of a plan, what they come to, and what to change where it does not fit."""
     values, found, estimated = numbers(plan), plan.found, plan.estimate
-    machine, config, seconds = plan.machine, plan.step.config, plan.seconds
-    training = config.adaptation.training
+    machine, step, seconds = plan.machine, plan.step, plan.seconds
+    config, training = step.config, step.training
     axes = " × ".join(f"{axis} {n}" for axis, n in values["mesh"].items() if n > 1)
     console.print(
         f"{config.name} on {machine.name}, {machine.num_chips} × {machine.chip.name}", style="bold"
     )
     micro = f" in {training.accumulation} micro-batches" if training.accumulation > 1 else ""
     console.print(
-        f"Stage 1, a step of {training.batch_rows} rows of {training.source_length} source and "
-        f"{training.target_length} target tokens{micro}; remat {config.remat}"
-        + (f"; mesh {axes}." if axes else ".")
+        f"{step.TITLE}, a step of {training.batch_rows} rows of {step.told_rows()}{micro}; "
+        f"remat {config.remat}" + (f"; mesh {axes}." if axes else ".")
     )
     sources = {"by arithmetic": (estimated.memory, estimated.traffic)}
     if isinstance(found, Compiled):
@@ -155,20 +155,11 @@ def show(plan: Plan, console: Console) -> None:
     )
     console.print(
         f"{seconds.roofline:.3f} s a step at best, bound by {seconds.bound}: "
-        f"{number(values['tokens_per_second_per_chip'])} source tokens/s/chip in full rows, "
+        f"{number(values['tokens_per_second_per_chip'])} {step.TOKENS}/s/chip in full rows, "
         f"{100 * values['mfu_at_roofline']:.0f} % MFU; {number(values['chip_hours'])} chip-hours "
         f"for {training.steps} steps, which take {duration(training.steps * seconds.roofline)}."
     )
-    stages = values["task_stages"]
-    console.print(
-        "Then, by FLOPs alone: "
-        + " and ".join(
-            f"{number(stages[name]['chip_hours'])} chip-hours for the {stages[name]['steps']} steps"
-            f" of {title}"
-            for name, title in (("teacher", "stage 2a"), ("distillation", "2b"))
-        )
-        + "."
-    )
+    console.print(step.told_beside(machine))
     if plan.largest_batch:
         console.print(f"The largest batch that fits has {plan.largest_batch} rows.")
     if isinstance(found, Compiled):
@@ -209,11 +200,11 @@ def show_sweep(found: list[search.Candidate], machine: chips.Machine, console: C
 
 
 def _row(candidate: search.Candidate) -> dict[str, object]:
-    config, estimate = candidate.config, candidate.estimate
+    config, estimate = candidate.step.config, candidate.estimate
     mesh = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
     return mesh | {
         "remat": config.remat,
-        "accumulation": config.adaptation.training.accumulation,
+        "accumulation": candidate.step.training.accumulation,
         "peak_gb": round(estimate.memory.peak / 1e9, 2),
         **dataclasses.asdict(estimate.seconds),
     }

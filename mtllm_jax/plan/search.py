@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mtllm_jax.chips import Machine
-from mtllm_jax.config import MTLLM, Mesh
+from mtllm_jax.config import Mesh
 from mtllm_jax.plan import abstract
 from mtllm_jax.plan.estimate import Estimate, Memory, estimate
 
@@ -25,7 +25,7 @@ class Change:
 class Candidate:
     """A way to run the same step: mesh, remat, accumulation."""
 
-    config: MTLLM
+    step: abstract.Step[Any]
     estimate: Estimate
 
 
@@ -45,15 +45,14 @@ def least_too_large(memory: Memory, machine: Machine) -> float:
     return 1.001 * (machine.chip.memory_gb * 1e9 - lies) / memory.activations
 
 
-def largest_batch(step: abstract.Step, machine: Machine, scale: float = 1.0) -> int:
+def largest_batch(step: abstract.Step[Any], machine: Machine, scale: float = 1.0) -> int:
     """Rows of the largest step that fits, in as many micro-batches as now; 0 if none does."""
-    training = step.config.adaptation.training
-    mesh = abstract.abstract_mesh(step.config.mesh, machine.num_chips, machine.chip.platform)
-    unit = mesh.shape["data"] * mesh.shape["fsdp"] * training.accumulation
+    mesh = step.mesh(machine)
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * step.training.accumulation
 
     def is_small(units: int) -> bool:
-        config = with_training(step.config, batch_rows=units * unit)
-        return fits(estimate(with_config(step, config), machine).memory, machine, scale)
+        config = step.with_training(step.config, batch_rows=units * unit)
+        return fits(estimate(step.under(config), machine).memory, machine, scale)
 
     most = 1
     while is_small(most) and most < 2**20:
@@ -65,33 +64,33 @@ def largest_batch(step: abstract.Step, machine: Machine, scale: float = 1.0) -> 
     return least * unit
 
 
-def changes(step: abstract.Step, machine: Machine, scale: float = 1.0) -> list[Change]:
+def changes(step: abstract.Step[Any], machine: Machine, scale: float = 1.0) -> list[Change]:
     """Settings under which the step takes less memory: those that let it fit first, then those
     that save most. Where none lets it alone, all of them together are the last."""
     now = peak(estimate(step, machine).memory, scale)
 
-    def change(flags: str, config: MTLLM) -> Change:
+    def change(flags: str, config: Any) -> Change:
         other = estimate(_step_of(step, config), machine).memory
         return Change(flags, peak(other, scale), fits(other, machine, scale))
 
-    single = _smaller(step.config, machine)
+    single = _smaller(step, machine)
     found = [change(flags, make(step.config)) for flags, make in single]
-    more = [change(flags, config) for flags, config in _accumulated(step.config, machine)]
+    more = [change(flags, config) for flags, config in _accumulated(step, machine)]
     # The fewest micro-batches that let it fit, or else the most there are.
     found += [c for c in more if c.fits][:1] or more[-1:]
     found = [change for change in found if change.peak < 0.98 * now]
     found.sort(key=lambda change: (not change.fits, change.peak))
     if len(found) > 1 and not found[0].fits:
         config = functools.reduce(lambda config, item: item[1](config), single, step.config)
-        last = list(_accumulated(config, machine))[-1:]
+        last = list(_accumulated(step.under(config), machine))[-1:]
         flags = " ".join(flags for flags, _ in [*single, *last])
         found.append(change(flags, last[0][1] if last else config))
     return found
 
 
-def _smaller(config: MTLLM, machine: Machine) -> list[tuple[str, Callable[[MTLLM], MTLLM]]]:
+def _smaller(step: abstract.Step[Any], machine: Machine) -> list[tuple[str, Callable[[Any], Any]]]:
     """Flags that save memory here, and what each does to a config."""
-    sizes = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform).shape
+    config, sizes = step.config, step.mesh(machine).shape
     # Chips that hold the same weights share them instead.
     mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1)
     mesh_flags = "--config.mesh.data=1 --config.mesh.fsdp=-1"
@@ -100,44 +99,29 @@ def _smaller(config: MTLLM, machine: Machine) -> list[tuple[str, Callable[[MTLLM
             mesh = dataclasses.replace(mesh, **{axis: sizes[axis]})
             mesh_flags += f" --config.mesh.{axis}={sizes[axis]}"
 
-    def setting(**values: Any) -> Callable[[MTLLM], MTLLM]:
+    def setting(**values: Any) -> Callable[[Any], Any]:
         return lambda config: dataclasses.replace(config, **values)
 
-    choices = [
-        (sizes["data"] > 1, mesh_flags, setting(mesh=mesh)),
-        (config.remat != "full", "--config.remat=full", setting(remat="full")),
-        (
-            config.frozen_dtype == "float32",
-            "--config.frozen_dtype=bfloat16",
-            setting(frozen_dtype="bfloat16"),
-        ),
-        (config.trained == "all", "--config.trained=lora", setting(trained="lora")),
-        (
-            (config.frozen_dtype, config.trained, config.distillation.start)
-            == ("bfloat16", "lora", "stage1")
-            and not config.encoder_layers,
-            "--config.frozen_dtype=int8",
-            setting(frozen_dtype="int8"),
-        ),
-    ]
-    return [(flags, make) for is_open, flags, make in choices if is_open]
+    choices = [(mesh_flags, setting(mesh=mesh))] if sizes["data"] > 1 else []
+    for name, value in step.savings().items():
+        choices.append((f"--config.{name}={value}", setting(**{name: value})))
+    return choices
 
 
-def _accumulated(config: MTLLM, machine: Machine) -> Iterator[tuple[str, MTLLM]]:
+def _accumulated(step: abstract.Step[Any], machine: Machine) -> Iterator[tuple[str, Any]]:
     """More micro-batches than now, fewest first."""
-    training = config.adaptation.training
-    sizes = abstract.abstract_mesh(config.mesh, machine.num_chips, machine.chip.platform).shape
+    training, sizes = step.training, step.mesh(machine).shape
     for times in _divisors(training.batch_rows // (sizes["data"] * sizes["fsdp"])):
         if times > training.accumulation:
-            flag = f"--config.adaptation.training.accumulation={times}"
-            yield flag, with_training(config, accumulation=times)
+            flag = f"--config.{step.WHERE}.accumulation={times}"
+            yield flag, step.with_training(step.config, accumulation=times)
 
 
-def sweep(step: abstract.Step, machine: Machine) -> list[Candidate]:
+def sweep(step: abstract.Step[Any], machine: Machine) -> list[Candidate]:
     """Every mesh and remat policy in which the step fits, each with the fewest micro-batches that
     let it; the fastest first, and of equally fast ones those with less to do besides."""
     found = []
-    rows = step.config.adaptation.training.batch_rows
+    rows = step.training.batch_rows
     kv_heads = step.llm.num_kv_heads
     for data, fsdp, tensor in _factorisations(machine.num_chips):
         if rows % (data * fsdp) or kv_heads % tensor:
@@ -146,8 +130,8 @@ def sweep(step: abstract.Step, machine: Machine) -> list[Candidate]:
             mesh = Mesh(data=data, fsdp=fsdp, tensor=tensor)
             config = dataclasses.replace(step.config, mesh=mesh, remat=remat)
             for times in _divisors(rows // (data * fsdp)):
-                candidate = with_training(config, accumulation=times)
-                estimated = estimate(with_config(step, candidate), machine)
+                candidate = step.under(step.with_training(config, accumulation=times))
+                estimated = estimate(candidate, machine)
                 if fits(estimated.memory, machine):
                     found.append(Candidate(candidate, estimated))
                     break
@@ -159,25 +143,9 @@ def sweep(step: abstract.Step, machine: Machine) -> list[Candidate]:
     return sorted(found, key=cost)
 
 
-def with_training(config: MTLLM, **values: Any) -> MTLLM:
-    """The config with other values in stage 1's training."""
-    training = dataclasses.replace(config.adaptation.training, **values)
-    return dataclasses.replace(
-        config, adaptation=dataclasses.replace(config.adaptation, training=training)
-    )
-
-
-def with_config(step: abstract.Step, config: MTLLM) -> abstract.Step:
-    """The step for an estimate under another mesh, remat policy or batch; it is not to be run."""
-    llm = abstract.with_options(config, step.llm)
-    return dataclasses.replace(step, config=config, llm=llm)
-
-
-def _step_of(step: abstract.Step, config: MTLLM) -> abstract.Step:
+def _step_of(step: abstract.Step[Any], config: Any) -> abstract.Step[Any]:
     same = (step.config.frozen_dtype, step.config.trained) == (config.frozen_dtype, config.trained)
-    if same:
-        return with_config(step, config)
-    return abstract.stage_1(config, step.encoder, step.llm, step.texts)
+    return step.under(config) if same else step.made_with(config)
 
 
 def _divisors(number: int) -> list[int]:

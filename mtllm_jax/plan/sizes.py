@@ -1,12 +1,12 @@
 """Sizes of the models that a plan is made for: published ones by name, or those of a folder.
 
-No weights are read, so a plan needs no checkpoints. How layers are run is for `abstract.stage_1`.
+No weights are read, so a plan needs no checkpoints. How layers are run is for the step.
 """
 
 import dataclasses
 import os
 
-from mtllm_jax.config import MTLLM
+from mtllm_jax.config import MTLLM, SDRRL
 from mtllm_jax.hf import bert, llama, nllb
 from mtllm_jax.hf.folder import read_config
 from mtllm_jax.models.bert import FAMILIES as BERT_FAMILIES
@@ -145,7 +145,7 @@ def _encoder_of(folder: str | os.PathLike[str]) -> NLLBConfig | BertConfig:
     return bert.config_from_hf(folder)
 
 
-def llm_sizes(config: MTLLM, name: str) -> LlamaConfig:
+def llm_sizes(config: MTLLM | SDRRL, name: str) -> LlamaConfig:
     """Of the LLM that the config names a folder of, of the mini Llama, or of a published one.
 
     name: "" = the one that the recipe is named for.

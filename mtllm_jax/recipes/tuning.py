@@ -23,7 +23,7 @@ from mtllm_jax.data.transfer.build import Example
 from mtllm_jax.hf.files import Files, local_files
 from mtllm_jax.hf.llama import save_llama
 from mtllm_jax.models import lora
-from mtllm_jax.models.layers import LoRAParam, positions_in_segment, split
+from mtllm_jax.models.layers import LoRAParam, positions_in_segment, split, weight
 from mtllm_jax.models.llama import Llama
 from mtllm_jax.objectives import Terms, next_tokens
 from mtllm_jax.ops.vocab_loss import cross_entropy_of_rows
@@ -54,6 +54,13 @@ def conversations(
     return texts, np.array(num_asked, np.int32), rejects
 
 
+def split_for(config: SDRRL, model: Llama) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, what learns, what is frozen) of an LLM with its adapters, if any."""
+    # All weights are all of them, the embeddings too: the LLM reads and says tokens.
+    learns = LoRAParam if config.trained == "lora" else nnx.Param
+    return split(model, learns)
+
+
 def answer_likelihood(config: SDRRL, graph: nnx.GraphDef) -> Objective:
     """Negative log-likelihood of the answers' tokens, given what stands before them.
 
@@ -71,8 +78,10 @@ def answer_likelihood(config: SDRRL, graph: nnx.GraphDef) -> Objective:
         )
         is_asked_BT = positions_in_segment(segments_BT) + 1 < num_asked_BT
         h_BTD = model.hidden(model.embed(ids_BT, dtype), segments_BT, causal=True, dropout_key=key)
-        kernel_VD = model.output_kernel().astype(dtype)
-        loss = cross_entropy_of_rows(h_BTD, kernel_VD, labels_BT, valid_BT & ~is_asked_BT)
+        # Whole over fsdp: left cut, all devices would be sent each other's logits.
+        output = model.embedding if model.output is None else model.output
+        is_said_BT = valid_BT & ~is_asked_BT
+        loss = cross_entropy_of_rows(h_BTD, weight(output, dtype), labels_BT, is_said_BT)
         return {"loss": loss}
 
     return objective
@@ -116,9 +125,7 @@ def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence
 
         llm = stacking.load_llm(config, folder, (), job.mesh, job.console)
         model = stacking.with_adapters(config, llm, seed)
-        # All weights are all of them, the embeddings too: the LLM reads and says tokens.
-        learns = LoRAParam if config.trained == "lora" else nnx.Param
-        graph, trainable, frozen = split(model, learns)
+        graph, trainable, frozen = split_for(config, model)
         trained = fit(
             stage,
             name,

@@ -14,7 +14,7 @@ from mtllm_jax import chips, sharding
 from mtllm_jax import config as c
 from mtllm_jax.models.llama import LlamaConfig
 from mtllm_jax.models.nllb import NLLB, NLLBConfig
-from mtllm_jax.plan import abstract, hlo
+from mtllm_jax.plan import abstract, adaptation, hlo
 from mtllm_jax.plan.estimate import estimate
 
 ENCODER = NLLBConfig(
@@ -51,7 +51,7 @@ def step():
         compute_dtype="float32",  # the CPU's compiler would change bfloat16 on its own
         frozen_dtype="float32",
     )
-    return abstract.stage_1(config, ENCODER, LLM)
+    return adaptation.stage_1(config, ENCODER, LLM)
 
 
 def mesh_of(**axes):

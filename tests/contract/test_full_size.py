@@ -7,12 +7,12 @@ import re
 
 import jax
 import pytest
-from jax.extend.core import jaxprs_in_params
+from traced import products
 
 from configs.mtllm import llama3_8b
 from mtllm_jax import config as c
 from mtllm_jax import flops
-from mtllm_jax.plan import abstract, sizes
+from mtllm_jax.plan import abstract, adaptation, sizes
 
 MACHINES = {
     "v5e:4x4": ("tpu", 16),
@@ -38,7 +38,7 @@ def step(models, trained="lora", remat="full", rows=256, attention="auto"):
         adaptation=c.Adaptation(training=training),
     )
     encoder, llm = sizes.encoder_sizes(config, models[0]), sizes.llm_sizes(config, models[1])
-    return abstract.stage_1(config, encoder, llm)
+    return adaptation.stage_1(config, encoder, llm)
 
 
 def mesh_of(num_devices, platform="tpu", **axes):
@@ -107,16 +107,3 @@ def test_flops_are_those_of_the_traced_program(remat):
     trainable, frozen = one.state.trainable, one.frozen["stack"]
     formula = flops.adaptation_flops(trainable, frozen, one.encoder, one.llm, batch)
     assert formula.hardware_total == pytest.approx(traced, rel=0.01)
-
-
-def products(jaxpr):
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            depth = math.prod(shape[dim] for dim in contracted)
-            total += 2 * depth * equation.outvars[0].aval.size
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(map(products, jaxprs_in_params(equation.params)))
-    return total
