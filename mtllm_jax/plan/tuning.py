@@ -148,7 +148,7 @@ class Tuning(Step[SDRRL]):
         answers = found["answers"]
         fits = "" if answers["fits"] else ", more than it has: lower config.answering.batch_rows"
         return (
-            f"So much for each of {found['systems']} systems. Apart from that, by bytes read, at "
+            f"Systems that are tuned so: {found['systems']}. Apart from that, by bytes read, at "
             f"least {number(answers['chip_hours_per_1000'])} chip-hours for each 1000 answers of "
             f"{answers['max_new_tokens']} tokens, of which a chip holds {answers['batch_rows']} "
             f"at a time in {answers['hbm_gb_per_chip']:.2f} GB{fits}. Not planned: translation and "
