@@ -6,7 +6,7 @@ again goes on where it stopped; with --against=PREDICTIONS.jsonl|RUN it compares
 without answering again.
 
 An LLM's folder, or its name on the hub, in the place of RUN is asked by prompts:
---task=mgsm, belebele_letters, belebele_generated, xcopa, mkqa, flores, ntrex.
+--task=mgsm, belebele_letters, belebele_generated, xcopa, mkqa, xlsum, flores, ntrex.
 """
 
 from absl import flags
@@ -33,7 +33,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "of an LLM: of weights and products (float32)"
 )
-_SPM = flags.DEFINE_string("spm", "", "of an LLM: a sentencepiece model, for translations' spBLEU")
+_SPM = flags.DEFINE_string("spm", "", "of an LLM: a sentencepiece model, for spBLEU and ROUGE")
 _OF_LLMS = (_PROMPT, _TEMPLATE, _MAX_NEW_TOKENS, _DTYPE, _SPM)
 _TO = flags.DEFINE_string("to", "", "folder to be written (evaluations/NAME-MODEL)")
 

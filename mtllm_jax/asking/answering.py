@@ -59,6 +59,18 @@ def filled(task: Asked, template: str, row: Row) -> str:
     return template.format(**{name: text(row) for name, text in task.fields.items()})
 
 
+def fitted(llm: LLM, task: Asked, template: str, row: Row, max_new_tokens: int) -> tuple[str, bool]:
+    """The prompt of a row, and whether `task.cut` lost its end so that it fits the context."""
+    prompt, room = filled(task, template, row), llm.sizes.max_positions - max_new_tokens
+    shorter = dict(row)
+    while task.cut and shorter[task.cut] and (num := len(llm.template([prompt])[0])) > room:
+        # Less than in proportion, so that a round or two are enough.
+        kept = int(0.95 * len(shorter[task.cut]) * room / num)
+        shorter[task.cut] = shorter[task.cut][: max(kept, 0)]
+        prompt = filled(task, template, shorter)
+    return prompt, shorter != row
+
+
 def written(
     llm: LLM,
     prompts: Sequence[Mapping[str, str]],

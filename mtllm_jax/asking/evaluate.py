@@ -208,7 +208,9 @@ def _pieces(source: Source, task: Asked, how: How) -> Pieces | None:
     if not how.spm:
         return None
     if not task.takes_pieces:
-        raise ValueError(f"--spm has no effect on --task={source.task}, which is no translation.")
+        raise ValueError(
+            f"--spm has no effect on --task={source.task}: nothing there is cut by it."
+        )
     return Pieces(Path(how.spm))
 
 
@@ -271,14 +273,15 @@ def _answer(
 ) -> None:
     """Write predictions/llm.jsonl, prompt.txt, and what is to be known of them."""
     stage = Stage()
-    told = {"about": about, "model": name_of(llm.folder)}
+    told: dict[str, Any] = {"about": about, "model": name_of(llm.folder)}
     if distributed.is_first():
         write_json(folder / ABOUT, told)
         write_text(folder / "prompt.txt", prompt + "\n")
     distributed.meet()
     work = Path(folder) / "answering"
     distributed.by_first(lambda: work.mkdir(exist_ok=True))
-    prompts = [filled(task, prompt, row) for row in asked.rows]
+    fitted = [answering.fitted(llm, task, prompt, row, max_new_tokens) for row in asked.rows]
+    prompts = [text for text, _ in fitted]
     answers: Answers
     if task.options is None:
         named = [
@@ -294,7 +297,10 @@ def _answer(
             {name: row[name] for name in _KEY} | {"prompt": text, "label": row["label"]} | answer
             for row, text, answer in zip(asked.rows, prompts, answers, strict=True)
         ]
-        write_json(folder / ABOUT, told | {"seconds": round(stage.seconds, 2)})
+        count = sum(is_cut for _, is_cut in fitted)
+        cut = f"In {count} prompts the {task.cut} has lost its end, to fit the context."
+        told |= {"notes": [cut] * bool(count), "seconds": round(stage.seconds, 2)}
+        write_json(folder / ABOUT, told)
         write_jsonl(folder / _PREDICTIONS, written)
         shutil.rmtree(work)
 
@@ -314,7 +320,8 @@ def _results(
     pieces: Pieces | None,
 ) -> dict[str, Any]:
     """All of results.json but for the prompt."""
-    rows, notes = asked.rows, list(asked.notes)
+    told = read_json(folder / ABOUT)
+    rows, notes = asked.rows, [*asked.notes, *told["notes"]]
     languages = [row["language"] for row in rows]
     english = ENGLISH if set(languages) != {ENGLISH} else ""
     draws = Resamples([row["id"] for row in rows], languages, english)
@@ -327,7 +334,7 @@ def _results(
         answered = np.array([key in other.answers for key in keys])
         both = task.measures(rows, [other.answers.get(key, "") for key in keys], pieces)
         theirs = together(both, answered)
-        notes += _differences(other, folder, before, answered)
+        notes += _differences(other, told["about"], before, answered)
     measures = []
     for place, mine in enumerate(ours):
         drawn = draws.of(mine)
@@ -349,19 +356,20 @@ def _results(
         "systems": measures[0]["systems"],
         "measures": measures,
         "notes": notes,
-        "seconds": {"answers": read_json(folder / ABOUT)["seconds"]},
+        "seconds": {"answers": told["seconds"]},
     }
 
 
-def _differences(other: _Other, folder: epath.Path, name: str, answered: np.ndarray) -> list[str]:
-    """Sentences on what else than the model is another one."""
+def _differences(
+    other: _Other, mine: Mapping[str, Any], name: str, answered: np.ndarray
+) -> list[str]:
+    """Sentences on what else than the model is another one. mine: what ours is about."""
     notes = []
     if not answered.all():
         notes.append(
             f"{name} has answered {int(answered.sum())} of the {len(answered)} rows; its values,"
             " and the changes, are of those."
         )
-    mine = read_json(folder / ABOUT)["about"]
     names = {"prompt": "the prompt", "template": "the template", "max_new_tokens": "the length"}
     asked = [
         text for key, text in names.items() if other.about and other.about.get(key) != mine[key]

@@ -14,6 +14,8 @@ import string
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from mtllm_jax.asking.words import without_punctuation, words
+
 _BY_CHARACTER = ("zh_cn", "zh_hk", "zh_tw", "ja", "th", "km")
 # Of the official script, in its order.
 _ARTICLES = {
@@ -33,9 +35,6 @@ _ARTICLES = {
 }
 _OPEN = ("fr", "it")  # whose official pattern does not ask where a word ends
 _ARABIC = "ال"
-# Han, kana, Thai, Khmer.
-_ALONE = "[\u0e00-\u0e7f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003134f]"
-
 Tokens = Callable[[str, str], list[str]]  # of a text, by the language as MKQA calls it
 
 
@@ -58,26 +57,12 @@ def mended_tokens(text: str, language: str) -> list[str]:
     if language == "ar":
         text = re.sub(rf"\b{_ARABIC}(?=\w)", "", text)
     elif language in _ARTICLES:
-        words = _ARTICLES[language].split()
-        closed = "|".join(word for word in words if not word.endswith("'"))
-        open_ = "|".join(word for word in words if word.endswith("'")) or r"(?!)"
+        articles = _ARTICLES[language].split()
+        closed = "|".join(word for word in articles if not word.endswith("'"))
+        open_ = "|".join(word for word in articles if word.endswith("'")) or r"(?!)"
         text = re.sub(rf"\b(?:(?:{closed})\b(?!')|(?:{open_})(?=\w))", " ", text)
-    text = "".join(c for c in text if not unicodedata.category(c).startswith("P"))
-    if language in _BY_CHARACTER:
-        text = re.sub(f"({_ALONE})", r" \1", text)
-        text = re.sub(f"(?<={_ALONE})(?!{_ALONE})(?=\\w)", " ", text)
-    return _with_marks(text.split())
-
-
-def _with_marks(tokens: Sequence[str]) -> list[str]:
-    """Each token that is but a mark joined to the one before."""
-    joined: list[str] = []
-    for token in tokens:
-        if joined and all(unicodedata.category(c).startswith("M") for c in token):
-            joined[-1] += token
-        else:
-            joined.append(token)
-    return joined
+    text = without_punctuation(text)
+    return words(text) if language in _BY_CHARACTER else text.split()
 
 
 def exact_match(answer: str, labels: Sequence[str], language: str, tokens: Tokens) -> float:

@@ -14,11 +14,12 @@ from typing import Any
 
 from mtllm_jax.asking import mkqa
 from mtllm_jax.asking.measures import Measure, mean, off_target
+from mtllm_jax.asking.summaries import summarised
 from mtllm_jax.asking.translation import Pieces, first_line, translated
 from mtllm_jax.data.benchmarks import read_benchmark, read_bitext
 from mtllm_jax.data.benchmarks.bitext import Bitext
 from mtllm_jax.data.benchmarks.flores import read_flores
-from mtllm_jax.data.benchmarks.questions import read_mgsm, read_mkqa
+from mtllm_jax.data.benchmarks.questions import read_mgsm, read_mkqa, read_xlsum
 from mtllm_jax.evaluate import Source
 from mtllm_jax.languages import ENGLISH
 from mtllm_jax.results import language_name
@@ -48,7 +49,8 @@ class Asked:
     the row; it must name the first. options: of a row, what the LLM chooses among by likelihood, as
     many in each; None = it writes. max_new_tokens: of what it writes. measures: of rows, their
     answers, and a sentencepiece model where the user gives one; the headline first. takes_pieces:
-    whether such a model is of use.
+    whether such a model is of use. cut: the field that loses its end where a prompt would not fit
+    the context; "" = none does.
     """
 
     prompt: str
@@ -58,6 +60,7 @@ class Asked:
     options: Callable[[Row], Sequence[str]] | None = None
     max_new_tokens: int = 0
     takes_pieces: bool = False
+    cut: str = ""
 
 
 # ---------------------------------------------------------------- answers
@@ -257,6 +260,15 @@ TASKS: dict[str, Asked] = {
         read=_mkqa,
         measures=_short,
         max_new_tokens=32,
+    ),
+    "xlsum": Asked(
+        prompt="xlsum.txt",
+        fields={"text": _column("text"), **_LANGUAGE},
+        read=lambda source: Questions(read_xlsum(source.data, source.languages, source.limit)),
+        measures=summarised,
+        max_new_tokens=128,
+        takes_pieces=True,
+        cut="text",
     ),
     "flores": _FLORES,
     "ntrex": dataclasses.replace(_FLORES, read=_translations(_ntrex)),

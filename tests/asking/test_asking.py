@@ -248,6 +248,24 @@ def test_short_answers(folder, here, monkeypatch):
     asked(folder, "mkqa", languages=("eng_Latn", "deu_Latn"), against="evaluations/mkqa-tiny")
 
 
+def test_an_article_loses_its_end_where_it_does_not_fit(folder, here, monkeypatch):
+    rows = [
+        {"id": "a", "text": "river of x " * 200, "summary": "s"},
+        {"id": "b", "text": "c", "summary": "s"},
+    ]
+    write_jsonl("xlsum/english_test.jsonl", rows)
+    say(monkeypatch, lambda prompt: "s")
+    results, _ = asked(folder, "xlsum", max_new_tokens=20)
+    first, second = predictions("xlsum")["prompt"]
+    tokens = len(Template("chat", TargetTokenizer(folder))([first])[0])
+    assert 150 < tokens <= 180 and first.endswith(
+        "Summarise this article in one sentence, in English."
+    )
+    assert second.startswith("c\n")
+    assert results["notes"] == ["In 1 prompts the text has lost its end, to fit the context."]
+    assert results["systems"]["tiny"]["languages"] == {"eng_Latn": 1}
+
+
 def test_another_prompt_is_told(folder, here, monkeypatch):
     say(monkeypatch, lambda prompt: "1")
     asked(folder, "mgsm", to="before")
@@ -318,7 +336,7 @@ def test_a_stopped_start_is_gone_on_from(folder, here, monkeypatch):
         ({"prompt": "d.txt"}, r"--prompt=d\.txt has more than a name in braces"),
         ({"template": "x"}, "--template is 'x'; it may be one of chat, alpaca"),
         ({"max_new_tokens": 0}, "--max_new_tokens is 0"),
-        ({"spm": "x.model"}, "--spm has no effect on --task=mgsm, which is no translation"),
+        ({"spm": "x.model"}, "--spm has no effect on --task=mgsm: nothing there"),
         ({"task": "xcopa", "max_new_tokens": 4}, "--max_new_tokens has no effect on --task=xcopa"),
         ({"against": "M"}, r"--against=M: M is not a file; it must be what this tool wrote"),
         ({"against": "bad.jsonl"}, "bad.jsonl, line 1: there is no column 'answer'"),

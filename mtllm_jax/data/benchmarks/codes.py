@@ -47,6 +47,22 @@ KARDES_NLU = {
     "az": "azj_Latn", "kk": "kaz_Cyrl", "ky": "kir_Cyrl", "ug": "uig_Cyrl", "uz": "uzn_Latn",
 }  # fmt: skip
 
+# Nigerian Pidgin has no code in FLORES-200.
+XLSUM = {
+    "amharic": "amh_Ethi", "arabic": "arb_Arab", "azerbaijani": "azj_Latn", "bengali": "ben_Beng",
+    "burmese": "mya_Mymr", "chinese_simplified": "zho_Hans", "chinese_traditional": "zho_Hant",
+    "english": "eng_Latn", "french": "fra_Latn", "gujarati": "guj_Gujr", "hausa": "hau_Latn",
+    "hindi": "hin_Deva", "igbo": "ibo_Latn", "indonesian": "ind_Latn", "japanese": "jpn_Jpan",
+    "kirundi": "run_Latn", "korean": "kor_Hang", "kyrgyz": "kir_Cyrl", "marathi": "mar_Deva",
+    "nepali": "npi_Deva", "oromo": "gaz_Latn", "pashto": "pbt_Arab", "persian": "pes_Arab",
+    "pidgin": "pcm_Latn", "portuguese": "por_Latn", "punjabi": "pan_Guru", "russian": "rus_Cyrl",
+    "scottish_gaelic": "gla_Latn", "serbian_cyrillic": "srp_Cyrl", "serbian_latin": "srp_Latn",
+    "sinhala": "sin_Sinh", "somali": "som_Latn", "spanish": "spa_Latn", "swahili": "swh_Latn",
+    "tamil": "tam_Taml", "telugu": "tel_Telu", "thai": "tha_Thai", "tigrinya": "tir_Ethi",
+    "turkish": "tur_Latn", "ukrainian": "ukr_Cyrl", "urdu": "urd_Arab", "uzbek": "uzn_Latn",
+    "vietnamese": "vie_Latn", "welsh": "cym_Latn", "yoruba": "yor_Latn",
+}  # fmt: skip
+
 # LASER's test set; its srp and uzb mix scripts, and the others that are left out have no code.
 TATOEBA = _by_prefix(
     """

@@ -1,4 +1,4 @@
-"""Benchmarks whose answer is a text: MGSM, MKQA.
+"""Benchmarks whose answer is a text: MGSM, MKQA, XL-Sum.
 
 MGSM (Shi et al. 2022), 11 languages with English, 250 problems that are translations of each other,
 test only: mgsm_<two letters>.tsv (in mgsm/ of google-research/url-nlp, at the top of
@@ -10,6 +10,10 @@ JSON object a line in dataset/mkqa.jsonl.gz of github.com/apple/ml-mkqa, with "q
 "answers" by language. An answer has a "type", a "text" and "aliases". Read are the questions with
 short answers: entity, date, number, number_with_unit, short_phrase and binary, of which the text is
 "yes" or "no" in all languages. zh_hk, Hong Kong's, has no code of its own and is called yue_Hant.
+
+XL-Sum (Hasan et al. 2021), BBC articles and their summaries in 45 languages with English, which are
+no translations of each other: <language>_test.jsonl, as the archives in data/ of csebuetnlp/xlsum
+on the hub unpack, with "id", "text" and "summary".
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +21,9 @@ from pathlib import Path
 
 from mtllm_jax.data import formats
 from mtllm_jax.data.benchmarks.benchmark import rank
-from mtllm_jax.data.benchmarks.codes import TWO_LETTER
+from mtllm_jax.data.benchmarks.codes import TWO_LETTER, XLSUM
 from mtllm_jax.data.benchmarks.layouts import Row
-from mtllm_jax.data.files import check_columns
+from mtllm_jax.data.files import check_columns, read_rows
 from mtllm_jax.languages import check_language
 
 _MGSM = {code: TWO_LETTER[code] for code in "bn de en es fr ja ru sw te th zh".split()}
@@ -100,6 +104,30 @@ def read_mkqa(
                 | {"lang": lang, "label": list(dict.fromkeys(texts))}
             )
     rows.sort(key=lambda row: row["language"])
+    return few(rows, limit)
+
+
+def read_xlsum(
+    path: str | Path, languages: Sequence[str] = (), limit: int | None = None
+) -> list[Row]:
+    """Rows of "id", "language", "text" and "label", the summary.
+
+    languages, limit: as of `read_mgsm`, but that languages have articles of their own. ValueError
+    as `read_rows`, for a folder without the files, and for a language that is not there.
+    """
+    files = _files(
+        Path(path),
+        ("{}_test.jsonl",),
+        XLSUM,
+        "XL-Sum, csebuetnlp/xlsum on the hub, unpacked,",
+        languages,
+    )
+    columns = {"id": str, "text": str, "label": str}
+    rows = [
+        row | {"language": code}
+        for code, file in files.items()
+        for row in read_rows(file, columns=columns, optional=(), names={"label": "summary"})
+    ]
     return few(rows, limit)
 
 
