@@ -173,11 +173,11 @@ def smollm2() -> c.SDRRL:
             switched_from=("LL",),
             parallel_pairs=100,
         ),
-        answering=c.Answering(template="chat", max_new_tokens=96, temperature=0.0, batch_rows=16),
+        answering=c.Answering(template="chat", max_new_tokens=64, temperature=0.0, batch_rows=16),
         training=c.Training(
-            steps=80,
+            steps=60,
             batch_rows=4,
-            learning_rate=2e-4,
+            learning_rate=5e-4,
             target_length=256,
             adam_b2=0.99,
             checkpoint_every=20,
@@ -189,6 +189,7 @@ def smollm2() -> c.SDRRL:
         compute_dtype="float32",
         frozen_dtype="float32",
         remat="none",
+        own=c.OwnText(held_out_pairs=50),
         train_instructions=200,
     )
 
