@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from dated import page, table
 from dated import write as write_page
+from sides import resident
 
 COMMAND = "python benchmarks/load_memory.py"
 PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "fsspec")
@@ -45,12 +46,6 @@ CASES = [
     ("bfloat16", "bfloat16", "fsdp 4 × tensor 2"),
     ("float32", "bfloat16", ""),
 ]
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most since the last `forget_peak`), in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def forget_peak() -> int:
