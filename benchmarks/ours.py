@@ -26,6 +26,8 @@ from shapes import (
 from sides import Work, serve
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+# The product is installed without torch, which transformers would load where it finds it.
+sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 class Training(Work):
@@ -437,7 +439,7 @@ class Planning(Work):
         from mtllm_jax import config as c
         from mtllm_jax import sharding
         from mtllm_jax.chips import topology
-        from mtllm_jax.plan import abstract, hlo
+        from mtllm_jax.plan import adaptation, hlo
         from mtllm_jax.plan.estimate import estimate
 
         config = dataclasses.replace(
@@ -446,7 +448,9 @@ class Planning(Work):
             unroll_layers=False,
             remat="full",
         )
-        step = abstract.stage_1(config, *sizes_of(self.shape))
+        encoder, llm = sizes_of(self.shape)
+        encoder = dataclasses.replace(encoder, decoder_layers=0)  # stage 1 reads no decoder
+        step = adaptation.stage_1(config, encoder, llm)
         program = step.lower(sharding.make_mesh(config.mesh)).compile()
         found = hlo.collectives(program.as_text())
         planned = estimate(step, topology("h100:8")).traffic

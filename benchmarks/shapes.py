@@ -62,8 +62,8 @@ CPU = Shape(
     steps=(4, 4),
     pieces=1,
     new_tokens={"translate": 40, "sample": 64},
-    remat="none",
-    unroll_layers=True,
+    remat="dots",
+    unroll_layers=False,
 )
 # NLLB-200-distilled-600M's encoder and Llama 3 8B.
 H200 = Shape(

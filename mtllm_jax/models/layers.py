@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.filterlib import Filter
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from mtllm_jax.ops.attention import attention
@@ -22,6 +23,7 @@ from mtllm_jax.ops.layout import axis_size, constrain, gathered
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 Layers = TypeVar("Layers", bound=nnx.Module)
+_PRODUCT = "product"  # what a linear map gives, to `REMAT_POLICIES`
 
 
 class LoRAParam(nnx.Param):
@@ -110,7 +112,7 @@ class Linear(nnx.Module):
         if self.lora_a is not None and self.lora_b is not None:
             low = dropout(rows, self.lora_dropout, dropout_key) @ weight(self.lora_a, x.dtype)
             y = y + self.lora_scale * (low @ weight(self.lora_b, x.dtype))
-        return y.reshape(*x.shape[:-1], -1)
+        return checkpoint_name(y.reshape(*x.shape[:-1], -1), _PRODUCT)
 
 
 def weight(parameter: nnx.Param, dtype: DTypeLike) -> Array:
@@ -229,7 +231,8 @@ class Attention(nnx.Module):
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Of a linear map with adapters the sum alone is kept, not each of its products.
+    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
 }
 
 
