@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from mtllm_jax.models import lora
-from mtllm_jax.models.layers import Linear, LoRAParam
+from mtllm_jax.models.layers import REMAT_POLICIES, Linear, LoRAParam, split
 from mtllm_jax.models.llama import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -230,3 +230,18 @@ def test_a_second_adapter_is_refused():
     with pytest.raises(ValueError, match="'q' already has an adapter"):
         attach(model, ("k", "q"))
     assert model.layers.k.lora_a is None
+
+
+def test_what_dots_keeps_of_a_map_with_adapters_is_their_sum(capsys):
+    init = nnx.initializers.normal(1.0)
+    linear = Linear(6, 10, ("embed", "ffn"), init=init, rngs=nnx.Rngs(0))
+    lora.attach(linear, rank=2, alpha=4.0, dropout=0.0, targets=("all",), rngs=nnx.Rngs(1))
+    graph, adapters, frozen = split(linear, LoRAParam)
+
+    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES["dots"])
+    def total(adapters, x):
+        return jnp.sin(nnx.merge(graph, adapters, frozen)(x)).sum()
+
+    jax.ad_checkpoint.print_saved_residuals(total, adapters, jnp.ones((7, 6)))
+    kept = [line for line in capsys.readouterr().out.splitlines() if line.startswith("f32[7,10]")]
+    assert len(kept) == 1, kept
