@@ -60,6 +60,7 @@ def mini() -> c.SDRRL:
             switch_rate=1.0,  # of one name
             completion=0.0,  # names are too short to be cut in two
             translation_prompt="{text} <{source} to {target}>",
+            rewriting_prompt="{prompt} {reference} = {prompt}",  # what it may go on from
         ),
         mini_nllb=c.MiniNLLB(
             training=c.Training(
@@ -112,7 +113,14 @@ def mini() -> c.SDRRL:
         ),
         trained="all",
         lora=c.LoRA(rank=16, alpha=32, dropout=0.0, targets=("all",)),
-        systems=c.SDRRL_SYSTEMS,
+        systems=("base", "sft", "t_sft", "sdrrl"),
+        on_policy=c.OnPolicy(
+            training=c.Training(
+                steps=100, batch_rows=16, learning_rate=3e-4, target_length=64, adam_b2=0.98
+            ),
+            teacher_length=96,
+            context="{source} = {prompt}",  # as names stand beside their English ones in its text
+        ),
         mesh=c.Mesh(),
         compute_dtype="float32",
         frozen_dtype="float32",
@@ -142,6 +150,13 @@ def llama2_7b() -> c.SDRRL:
             final_rate=0.0,
             weight_decay=0.0,
             checkpoint_every=200,
+        ),
+        on_policy=c.OnPolicy(
+            training=c.Training(
+                steps=100, batch_rows=64, learning_rate=5e-6, target_length=1024, packing=False
+            ),
+            teacher_length=1536,
+            instructions=6400,
         ),
         trained="all",  # [fallback]
         lora=c.LoRA(rank=8, alpha=16, dropout=0.0, targets=("q", "v")),  # [fallback]

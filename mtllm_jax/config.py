@@ -10,7 +10,7 @@ import dataclasses
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mtllm_jax.languages import check_language
 from mtllm_jax.schema import nearest
@@ -387,6 +387,21 @@ class Distillation:
 # What a transfer set's rows are, beside translation and completion: languages of the instruction
 # and of the answer, L the resource-rich one, T a target.
 COMBINATIONS = ("LL", "LT", "TL", "TT")
+_KINDS = (*(name.lower() for name in COMBINATIONS), "switched", "translation", "completion")
+
+# What SDRRL can be without, and what it is called then.
+SDRRL_PARTS = ("own_answers", *_KINDS)
+WITHOUT = "sdrrl_without_"
+
+# Baselines: whose answers they learn, and the weights of the kinds that they have. Fine-tuning on
+# the data as it is, in L; translated; cross-lingual instruction tuning, which is both, and
+# translation; and self-distillation fine-tuning, on references in the model's own words, in L.
+_BASELINES: dict[str, tuple[str, dict[str, float]]] = {
+    "sft": ("reference", {"ll": 1.0}),
+    "t_sft": ("reference", {"tt": 1.0}),
+    "cross_lingual": ("reference", {"ll": 1.0, "tt": 1.0, "translation": 1.0}),
+    "sdft": ("rewritten", {"ll": 1.0}),
+}
 
 
 @dataclass(frozen=True)
@@ -420,6 +435,11 @@ class TransferSet:
     # [ours] {source}, {target}: names of the languages; {text}: the text, or what is given of it.
     translation_prompt: str = "Translate the following {source} text into {target}.\n\n{text}"
     completion_prompt: str = "Continue the following {target} text.\n\n{text}"
+    # [ours] What asks for an answer in the model's words, where these are trained on.
+    rewriting_prompt: str = (
+        "{prompt}\n\nA correct answer is given below. Answer in your own words, saying the same."
+        "\n\n{reference}"
+    )
 
     @property
     def translates(self) -> bool:
@@ -433,6 +453,28 @@ class TransferSet:
         combinations = {name: getattr(self, name.lower()) for name in COMBINATIONS}
         others = ("switched", "translation", "completion")
         return combinations | {name: getattr(self, name) for name in others}
+
+    def of(self, system: str) -> "TransferSet":
+        """What a system is trained on where `sdrrl` is trained on this: a baseline's set, or this
+        one without one of its SDRRL_PARTS; without own answers it has the references. ValueError
+        for a system of another name."""
+        if system == "sdrrl":
+            return self
+        part = system.removeprefix(WITHOUT)
+        if system not in _BASELINES and (part == system or part not in SDRRL_PARTS):
+            parts = ", ".join(f"{WITHOUT}{part}" for part in SDRRL_PARTS)
+            raise ValueError(
+                f"{system!r} is no system that is trained on a set; it must be one of"
+                f" {', '.join(_BASELINES)}, sdrrl, {parts}."
+            )
+        changed: dict[str, Any] = {part: 0.0}
+        if part == "own_answers":
+            changed = {"answers": "reference", "answer_filter": "none"}
+        if system in _BASELINES:
+            answers, weights = _BASELINES[system]
+            none = dict.fromkeys(_KINDS, 0.0)
+            changed = {"answers": answers, "answer_filter": "none"} | none | weights
+        return dataclasses.replace(self, **changed)
 
     def check(self) -> None:
         with naming("transfer.source"):
@@ -470,6 +512,7 @@ class TransferSet:
         for name, fields in (
             ("translation_prompt", {"source", "target", "text"}),
             ("completion_prompt", {"target", "text"}),
+            ("rewriting_prompt", {"prompt", "reference"}),
         ):
             prompt = getattr(self, name)
             allowed = f"a text with {{{'}, {'.join(sorted(fields))}}}"
@@ -824,6 +867,7 @@ SIDES = {
     "distillation.training": ("source",),
     "mt_encoder": ("source",),
     "training": ("target",),
+    "on_policy.training": ("target",),
 }
 
 
@@ -900,9 +944,44 @@ class OwnText:
         require(judged, "own.tests", self.tests, allowed)
 
 
-# The systems of a run of SDRRL, by their names in results.json: the LLM as it is, and tuned on
-# references, on translated references, and on what TransferSet says.
-SDRRL_SYSTEMS = ("base", "sft", "t_sft", "sdrrl")
+@dataclass(frozen=True)
+class OnPolicy:
+    """A step beyond the paper [ours]: what `sdrrl` became is asked in the targets, and each token
+    of its own answers drawn to what it says where it has the instruction in the source too.
+
+    A round samples answers of the model as it is and then trains on them, its teacher being itself
+    as the round began; the loss is KL(teacher ‖ student) over the vocabulary.
+    """
+
+    training: Training  # of a round; target_length: tokens of a row, instructions and answers
+    teacher_length: int  # tokens of the row that the teacher reads, with both instructions
+    rounds: int = 2  # each leaves a model of its own
+    instructions: int = 1024  # asked in a round, of all targets together, by lot; 0 = all
+    temperature: float = 1.0  # of sampling; 1 = on policy; 0 = always the likeliest token
+    # What the teacher is asked. {source}: the instruction in the source, {prompt}: in the target.
+    context: str = "The same request in another language: {source}\n\n{prompt}"
+
+    def check(self) -> None:
+        for name in ("rounds", "teacher_length"):
+            value = getattr(self, name)
+            require(value >= 1, f"on_policy.{name}", value, "at least 1")
+        count = self.instructions
+        require(count >= 0, "on_policy.instructions", count, "0 (all) or above")
+        value, allowed = self.temperature, "0 (the likeliest token) or above"
+        require(value >= 0, "on_policy.temperature", value, allowed)
+        is_good = _fields_of(self.context) == {"source", "prompt"}
+        require(is_good, "on_policy.context", self.context, "a text with {prompt} and {source}")
+
+
+# The systems of a run of SDRRL, by their names in results.json: the LLM as it is; tuned on what
+# `TransferSet.of` says; and tuned further.
+SDRRL_SYSTEMS = (
+    "base",
+    *_BASELINES,
+    "sdrrl",
+    *(f"{WITHOUT}{part}" for part in SDRRL_PARTS),
+    "on_policy",
+)
 
 
 @dataclass(frozen=True)
@@ -925,6 +1004,7 @@ class SDRRL:
     trained: Literal["lora", "all"]  # adapters, or all weights
     lora: LoRA
     systems: tuple[str, ...]  # of SDRRL_SYSTEMS, those that are compared
+    on_policy: OnPolicy  # of the system of this name
     mesh: Mesh
     compute_dtype: Literal["float32", "bfloat16"]
     frozen_dtype: Literal["float32", "bfloat16"]  # of the LLM as it is read
@@ -948,25 +1028,35 @@ class SDRRL:
             self.lora,
             self.mesh,
             self.own,
+            self.on_policy,
         )
         for group in groups:
             if group is not None:
                 group.check()
+        self._check_systems()
         for where, training in self.stages().items():
             training.check(where, SIDES[where])
             every, none = training.evaluate_every, "0: there is no development data for it"
             require(every == 0, f"{where}.evaluate_every", every, none)
+        start = self.lora.start
+        require(not start, "lora.start", start, "empty: adapters begin afresh in this recipe")
+        kept = self.transfer.answer_filter
+        allowed = "'none' or 'exact' in this recipe, which has no model of similarity"
+        require(kept != "similarity", "transfer.answer_filter", kept, allowed)
+
+    def _check_systems(self) -> None:
         names = self.systems
         known = set(names) <= set(SDRRL_SYSTEMS) and len(set(names)) == len(names) > 0
         allowed = f"some of {', '.join(SDRRL_SYSTEMS)}, none twice"
         require(known, "systems", names, allowed)
-        start = self.lora.start
-        require(not start, "lora.start", start, "empty: adapters begin afresh in this recipe")
-        answers, kept = self.transfer.answers, self.transfer.answer_filter
-        allowed = "'answer' or 'reference' in this recipe"
-        require(answers != "rewritten", "transfer.answers", answers, allowed)
-        allowed = "'none' or 'exact' in this recipe, which has no model of similarity"
-        require(kept != "similarity", "transfer.answer_filter", kept, allowed)
+        for name, found in self.sets.items():
+            allowed = f"without {name}, as config.transfer has nothing of that part"
+            require(name == "sdrrl" or found != self.transfer, "systems", names, allowed)
+            allowed = f"without {name}, as config.transfer has nothing but that part"
+            require(any(found.weights.values()), "systems", names, allowed)
+        if "on_policy" in names:
+            allowed = "a list with 'sdrrl', which on_policy goes on from"
+            require("sdrrl" in names, "systems", names, allowed)
 
     @property
     def english(self) -> str:
@@ -979,9 +1069,16 @@ class SDRRL:
         return self.transfer.targets
 
     @property
+    def sets(self) -> dict[str, TransferSet]:
+        """What each system learns that is trained on a set."""
+        trained = (name for name in self.systems if name not in ("base", "on_policy"))
+        return {name: self.transfer.of(name) for name in trained}
+
+    @property
     def translates(self) -> bool:
         """Whether some system learns from translations."""
-        return "t_sft" in self.systems or ("sdrrl" in self.systems and self.transfer.translates)
+        made = any(settings.translates for settings in self.sets.values())
+        return made or "on_policy" in self.systems
 
     def stages(self) -> dict[str, Training]:
         """The settings of what is trained, by dotted name and in their order."""
@@ -990,10 +1087,17 @@ class SDRRL:
             found["mini_nllb.training"] = self.mini_nllb.training
         if self.mini_llama is not None and not self.llm:
             found["mini_llama.training"] = self.mini_llama.training
-        return found | {"training": self.training}
+        found["training"] = self.training
+        if "on_policy" in self.systems:
+            found["on_policy.training"] = self.on_policy.training
+        return found
 
     def steps(self) -> dict[str, int]:
         """Those of what is trained, by the names of their folders in a run."""
         own = {name.split(".")[0]: training.steps for name, training in self.stages().items()}
         del own["training"]
-        return own | {name: self.training.steps for name in self.systems if name != "base"}
+        tuned = dict.fromkeys(self.sets, self.training.steps)
+        if own.pop("on_policy", None) is None:
+            return own | tuned
+        rounds = (f"on_policy/{i}" for i in range(1, self.on_policy.rounds + 1))
+        return own | tuned | dict.fromkeys(rounds, self.on_policy.training.steps)

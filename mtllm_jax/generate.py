@@ -39,7 +39,7 @@ from mtllm_jax.predict import check_model, mesh_of
 from mtllm_jax.sampling import NO_NUMBER, Sampler, Sampling
 
 _SUFFIXES = (".jsonl",)
-_ANSWER, _ENDED = "answer", "ended"
+_ANSWER, _ENDED, _IDS = "answer", "ended", "answer_ids"
 _WINDOW_BATCHES = 64  # batches' worth of rows that are sorted by length
 _FEWEST = 32  # prompts that have slots of a number of their own
 
@@ -89,25 +89,34 @@ class _Batch:
 
 
 def generate(
-    model: str, rows: str, output: str, how: Decoding, *, fsdp: int, console: Console
+    model: str,
+    rows: str,
+    output: str,
+    how: Decoding,
+    *,
+    fsdp: int,
+    console: Console,
+    keep_ids: bool = False,
 ) -> None:
     """Answer the prompts of a file, going on where an earlier start stopped.
 
     model: an LLM's folder, or its name on the hub. rows: a file with a column "prompt" and perhaps
     "id". output: .jsonl, to hold the rows as they were with "answer" and "ended", which is false
     where an answer was cut at max_new_tokens. Rows that have none go to OUTPUT.rejects.jsonl with
-    the reason. fsdp: devices that each copy of the weights is cut over. All processes of a job call
-    it: each answers its share of batches, and process 0 writes.
+    the reason. fsdp: devices that each copy of the weights is cut over. keep_ids: have "answer_ids"
+    too, the tokens as they were drawn but that which ended them. All processes of a job call it:
+    each answers its share of batches, and process 0 writes.
 
     Raises ValueError, naming the flag or the file and the line, before weights are read where a
     file or flag can be no good.
     """
     target = Path(output)
     mesh = mesh_of(fsdp)
+    reserved = [_ANSWER, _ENDED, *([_IDS] if keep_ids else [])]
 
     def look() -> int:
         check_output(output, _SUFFIXES)
-        return scan(Path(rows), required=["prompt"], reserved=[_ANSWER, _ENDED]).rows
+        return scan(Path(rows), required=["prompt"], reserved=reserved).rows
 
     total = distributed.by_first(look)
     with naming("model", "--"):
@@ -156,7 +165,9 @@ def generate(
         return
     with console.progress(found["rows"], "writing", unit="rows") as progress:
         pairs = _batched(all_windows(), found["widths"], num_rows, how.seed)
-        rejects = _write_out(target, pairs, parts, found["rows"], tokenizer, stops, progress.update)
+        rejects = _write_out(
+            target, pairs, parts, found["rows"], tokenizer, stops, keep_ids, progress.update
+        )
     parts.remove()
     console.print(f"{target}: {found['rows'] - rejects} rows")
     if rejects:
@@ -305,6 +316,7 @@ def _write_out(
     total: int,
     tokenizer: TargetTokenizer,
     stops: Sequence[int],
+    keep_ids: bool,
     told: Callable[[int], None],
 ) -> int:
     """Write OUTPUT and its rejects. Returns the number of rejects. ValueError as `new_answers`."""
@@ -319,16 +331,17 @@ def _write_out(
             is_ended = [bool(np.isin(ids_T, stops).any()) for ids_T in tokens]
             # What ends an answer is no part of its text.
             bodies = [ids_T[(ids_T >= 0) & ~np.isin(ids_T, stops)] for ids_T in tokens]
-            answers = zip(tokens, is_ended, tokenizer.decode(bodies), strict=True)
+            answers = zip(tokens, is_ended, bodies, tokenizer.decode(bodies), strict=True)
             for entry in window.entries:
                 if entry.problem:
                     out.reject(entry, entry.problem)
                     continue
-                ids_T, ended, text = next(answers)
+                ids_T, ended, body, text = next(answers)
                 if NO_NUMBER in ids_T:
                     out.reject(entry, "the model's logits for it are no numbers")
                     continue
-                out.file.write(json_line(entry.cells | {_ANSWER: text, _ENDED: ended}))
+                kept = {_IDS: body.tolist()} if keep_ids else {}
+                out.file.write(json_line(entry.cells | {_ANSWER: text, _ENDED: ended} | kept))
                 out.answered += 1
             told(out.rows)
     return out.rejected

@@ -15,6 +15,7 @@ import jinja2
 import pandas as pd
 from etils import epath
 
+from mtllm_jax.config import SDRRL_PARTS, WITHOUT
 from mtllm_jax.curves import curve_figures
 from mtllm_jax.metrics import duration, number
 from mtllm_jax.results import (
@@ -55,8 +56,15 @@ SYSTEM_NOTES = {
     "base": "The LLM before any tuning.",
     "sft": "The LLM tuned on instructions and reference answers in English.",
     "t_sft": "The LLM tuned on the same, translated into the targets.",
+    "cross_lingual": "The LLM tuned on both of these and on translation.",
+    "sdft": "The LLM tuned on instructions and reference answers in English that it has put in its "
+    "own words.",
     "sdrrl": "The LLM tuned on its own answers, in English and translated, in all combinations of "
     "languages, with code-switched copies and translation tasks.",
+    **{f"{WITHOUT}{part}": "The same without one of its parts." for part in SDRRL_PARTS},
+    f"{WITHOUT}own_answers": "The same with reference answers in the place of its own.",
+    "on_policy": "SDRRL's LLM, drawn to what it says itself, token by token of its own answers in "
+    "the targets, where it is given the English instruction too.",
 }
 
 # Of a text encoder in the MT encoder's place, of translations that were read from files, and of a

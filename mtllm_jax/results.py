@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rich.box
 from rich.console import Group, RenderableType
@@ -24,7 +24,18 @@ SYSTEM_NAMES = {
     "base": "LLM as it is",
     "sft": "SFT",
     "t_sft": "T-SFT",
+    "cross_lingual": "Cross-lingual tuning",
+    "sdft": "SDFT",
     "sdrrl": "SDRRL",
+    "sdrrl_without_own_answers": "SDRRL without own answers",
+    "sdrrl_without_ll": "SDRRL without LL",
+    "sdrrl_without_lt": "SDRRL without LT",
+    "sdrrl_without_tl": "SDRRL without TL",
+    "sdrrl_without_tt": "SDRRL without TT",
+    "sdrrl_without_switched": "SDRRL without switched words",
+    "sdrrl_without_translation": "SDRRL without translation",
+    "sdrrl_without_completion": "SDRRL without completion",
+    "on_policy": "On-policy SDRRL",
 }
 # Above the columns of a terminal's table: words that are short.
 _HEADINGS = {
@@ -33,6 +44,7 @@ _HEADINGS = {
     "encoder_linear": "frozen encoder",
     "translate_test": "translate test",
     "translate_train": "translate train",
+    "cross_lingual": "cross- lingual tuning",
 }
 TEST_NAMES = {"systems": "A: seen names, new pairs", "systems_unseen": "B: unseen names"}
 
@@ -172,7 +184,8 @@ def results_table(
     parts: list[RenderableType] = [
         _table(results, *chosen) for chosen in (whole if len(whole) == 1 else each)
     ]
-    parts += [_plain_table(*table) for table in _further_tables(results)]
+    for table in _further_tables(results):
+        parts += _plain_tables(*table, width)
     if run_folder is None:
         return Group(*parts, *_notes(results))
     # Commands stay on one line however long they are: they are there to be copied.
@@ -267,13 +280,35 @@ def bits_tables(
     return [("Bits per character (fewer: likelier)", ["", *columns], rows)]
 
 
-def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_style="bold", title_justify="left", box=rich.box.SIMPLE_HEAD)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _plain_tables(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> list[Table]:
+    """One table, or as many as it takes, headings cut between words; the first column in each."""
+    cells = list(zip(columns, zip(*rows, strict=True), strict=True))
+    sizes: list[int | None] = [None] * len(columns)
+    shown = [list(range(1, len(columns)))]
+    if sum(3 + max(map(len, (heading, *column))) for heading, column in cells) > width:
+        least = [max(map(len, (*heading.split(), *column))) for heading, column in cells]
+        room = whole = width - least[0] - 3
+        sizes, shown = [*least], [[]]
+        for place, size in enumerate(least[1:], 1):
+            room -= size + 3
+            if room < 0 and shown[-1]:
+                shown.append([])
+                room = whole - size - 3
+            shown[-1].append(place)
+    tables = []
+    for places in ([0, *places] for places in shown):
+        table = Table(
+            title=title, title_style="bold", title_justify="left", box=rich.box.SIMPLE_HEAD
+        )
+        for place in places:
+            justify: Literal["left", "right"] = "right" if place else "left"
+            table.add_column(columns[place], justify=justify, width=sizes[place])
+        for row in rows:
+            table.add_row(*(row[place] for place in places))
+        tables.append(table)
+    return tables
 
 
 def _beside(results: Mapping[str, Any], tests: Sequence[str], width: int) -> list[list[str]]:

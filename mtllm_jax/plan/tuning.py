@@ -139,20 +139,20 @@ class Tuning(Step[SDRRL]):
             "fits": peak <= chip.memory_gb * 1e9,
             "chip_hours_per_1000": 1000 / how.batch_rows * how.max_new_tokens * of_token / 3600,
         }
-        trained = len([name for name in self.config.systems if name != "base"])
-        return {"answers": answers, "systems": trained}
+        return {"answers": answers, "systems": len(self.config.sets)}
 
     def told_beside(self, machine: Machine) -> str:
         """The same in a sentence."""
         found = self.beside(machine)
         answers = found["answers"]
+        rounds = ", on_policy" if "on_policy" in self.config.systems else ""
         fits = "" if answers["fits"] else ", more than it has: lower config.answering.batch_rows"
         return (
             f"Systems that are tuned so: {found['systems']}. Apart from that, by bytes read, at "
             f"least {number(answers['chip_hours_per_1000'])} chip-hours for each 1000 answers of "
             f"{answers['max_new_tokens']} tokens, of which a chip holds {answers['batch_rows']} "
-            f"at a time in {answers['hbm_gb_per_chip']:.2f} GB{fits}. Not planned: translation and "
-            "evaluation."
+            f"at a time in {answers['hbm_gb_per_chip']:.2f} GB{fits}. Not planned: "
+            f"translation{rounds} and evaluation."
         )
 
 

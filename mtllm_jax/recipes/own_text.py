@@ -16,7 +16,7 @@ from mtllm_jax.data.transfer.parallel import Pair, read_parallel
 from mtllm_jax.data.transfer.rows import read_rows
 from mtllm_jax.languages import check_language
 from mtllm_jax.recipes.job import stage_seed
-from mtllm_jax.recipes.transferring import Material, Row, settings_of
+from mtllm_jax.recipes.transferring import Material, Row
 
 
 def read_own(config: SDRRL) -> Material:
@@ -48,8 +48,7 @@ def _read_prompts(config: SDRRL) -> tuple[list[Row], list[Row]]:
     if all("reference" in row.texts for row in read):
         columns.append("reference")
     else:
-        for name in (name for name in config.systems if name != "base"):
-            settings = settings_of(config, name)
+        for name, settings in config.sets.items():
             if settings.answers != "answer" or settings.answer_filter != "none":
                 raise ValueError(
                     f"not all rows have a reference, which {name} of config.systems learns from"

@@ -2,7 +2,8 @@
 
 The LLM answers instructions in a resource-rich language; both are translated; of all that, code-
 switched copies and a parallel corpus a training set is made, on which the LLM is tuned. It is
-compared with the LLM as it is and with the LLM tuned on references, translated or not.
+compared with the LLM as it is and with the LLM tuned on other sets: references, translated or not,
+and its own without one of its parts. Where it is asked for, it goes on from there on policy.
 """
 
 import functools
@@ -24,6 +25,7 @@ from mtllm_jax.recipes import mini_models, transferring
 from mtllm_jax.recipes.inputs import REVISIONS, revisions_of
 from mtllm_jax.recipes.job import Job, stage_seed
 from mtllm_jax.recipes.likelihood import bits
+from mtllm_jax.recipes.on_policy import both_languages, on_policy
 from mtllm_jax.recipes.sdrrl_inputs import Inputs, idle_fields, read_inputs
 from mtllm_jax.recipes.transferring import Material
 from mtllm_jax.recipes.tuning import tune
@@ -84,12 +86,21 @@ def run(config: SDRRL, inputs: Inputs, folder: RunFolder, console: Console, watc
     answers = transferring.own_answers(job, llm, material)
     translations = None
     if config.translates:
-        translations = transferring.translated(job, translator, answers, material.columns)
+        columns = material.columns(config.sets.values())
+        translations = transferring.translated(job, translator, answers, columns)
     sets = transferring.transfer_sets(job, material, answers, translations)
     models = {"base": llm} | {
         name: tune(job, name, f"{system_name(name)}, tuned", llm, examples)
         for name, examples in sets.items()
     }
+    titles = {name: system_name(name) for name in sets}
+    if "on_policy" in config.systems and translations is not None:
+        title = system_name("on_policy")
+        asked = both_languages(answers, translations, config.languages, material.held_out())
+        models["on_policy"] = on_policy(job, models["sdrrl"], asked, title)
+        titles |= {
+            f"on_policy/{i + 1}": f"{title}, {i + 1}" for i in range(config.on_policy.rounds)
+        }
     with job.stage("evaluation", "evaluation") as stage:
         predictions = folder.path / "predictions"
         distributed.by_first(lambda: predictions.mkdir(parents=True, exist_ok=True))
@@ -111,7 +122,7 @@ def run(config: SDRRL, inputs: Inputs, folder: RunFolder, console: Console, watc
         for name, title in {
             "mini_nllb": "mini NLLB",
             "mini_llama": "mini Llama",
-            **{name: system_name(name) for name in sets},
+            **titles,
         }.items()
         if (folder.path / name / "metrics.jsonl").exists()
     }
@@ -283,7 +294,7 @@ def _gains(
         return []
     said = []
     ours = judged["sdrrl"]
-    for other in (name for name in ("base", "t_sft") if name in systems):
+    for other in (name for name in systems if name not in ("sdrrl", "sft", "sdft")):
         foreign = [rows[rows["language"] != english] for rows in (ours, judged[other])]
         found = scores.compare(*foreign)
         low, high = (100 * x for x in found["interval"])

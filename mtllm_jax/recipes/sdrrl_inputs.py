@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from mtllm_jax import sharding
 from mtllm_jax.config import SDRRL, naming, require
 from mtllm_jax.data.babel import check_languages
 from mtllm_jax.data.tokenise import TargetTokenizer, translation_tokenizer
@@ -20,7 +21,7 @@ from mtllm_jax.languages import ENGLISH, check_language
 from mtllm_jax.models.llama import FAMILIES
 from mtllm_jax.recipes.inputs import checked_mesh, idle_sentence, lora_targets
 from mtllm_jax.recipes.own_text import read_own
-from mtllm_jax.recipes.transferring import Material, settings_of
+from mtllm_jax.recipes.transferring import Material
 
 # The fields that name models, and the model_types that each may be of.
 _MODELS = {"llm": FAMILIES, "translator": TRANSLATORS}
@@ -57,6 +58,8 @@ def read_inputs(config: SDRRL, revisions: Mapping[str, str] = {}) -> Inputs:
         with naming("transfer.targets"):
             check_languages(config.languages)
     mesh = checked_mesh(config)
+    if "on_policy" in config.systems:
+        sharding.check_length(config.on_policy.teacher_length, mesh, "on_policy.teacher_length")
     if config.trained == "lora":
         lora_targets(config)
     config, found = _located(config, revisions)
@@ -110,18 +113,21 @@ def _check_given(config: SDRRL) -> None:
 
 def _check_parts(config: SDRRL) -> None:
     """What each kind of rows is made from is named."""
-    for system in config.systems:
-        if system == "base":
-            continue
-        settings = settings_of(config, system)
+    for system, settings in config.sets.items():
         for kind, field, what in (
             ("translation", "parallel", "corpus"),
             ("completion", "parallel", "corpus"),
             ("switched", "lexicons", "folder"),
         ):
             weight, given = getattr(settings, kind), getattr(config.own, field)
-            allowed = f"0 where config.own.{field} names no {what}"
-            require(bool(given) or not weight, f"transfer.{kind}", weight, allowed)
+            is_there, lacking = (
+                bool(given) or not weight,
+                f"where config.own.{field} names no {what}",
+            )
+            if getattr(config.transfer, kind):
+                require(is_there, f"transfer.{kind}", weight, f"0 {lacking}")
+            else:  # it is a baseline's
+                require(is_there, "systems", config.systems, f"without {system} {lacking}")
 
 
 def _check_llm(config: SDRRL) -> None:
@@ -140,9 +146,14 @@ def _check_llm(config: SDRRL) -> None:
     room, new = sizes.max_positions, answering.max_new_tokens
     allowed = f"below {room}, the LLM's context, which prompt and answer share"
     require(new < room, "answering.max_new_tokens", new, allowed)
-    length = config.training.target_length
+    how = config.on_policy
+    lengths = {"training.target_length": (config.training, config.training.target_length)}
+    if "on_policy" in config.systems:
+        lengths["on_policy.training.target_length"] = how.training, how.training.target_length
+        lengths["on_policy.teacher_length"] = how.training, how.teacher_length
     allowed = f"at most {room}, the LLM's context"
-    require(config.training.packing or length <= room, "training.target_length", length, allowed)
+    for field, (training, length) in lengths.items():
+        require(training.packing or length <= room, field, length, allowed)
 
 
 def _check_translator(config: SDRRL) -> None:
@@ -157,7 +168,10 @@ def _check_translator(config: SDRRL) -> None:
 
 def idle_fields(config: SDRRL, given: Sequence[str]) -> str:
     """One line naming those of the `given` fields (dotted) that have no effect, and why; or ""."""
-    reasons = {"training.source_length": "this stage reads no source side"}
+    reasons = dict.fromkeys(
+        ("training.source_length", "on_policy.training.source_length"),
+        "this stage reads no source side",
+    )
     for field, own in _MINI.items():
         if getattr(config, field):
             reasons[own] = f"config.{field} names the model"
@@ -170,6 +184,10 @@ def idle_fields(config: SDRRL, given: Sequence[str]) -> str:
         reasons["own.held_out_pairs"] = "config.own.parallel is empty"
     if config.own.prompts and not config.own.tests:
         reasons["test_instructions"] = "config.own.tests is empty"
+    if not any(made.answers == "rewritten" for made in config.sets.values()):
+        reasons["transfer.rewriting_prompt"] = "config.systems has none that learns such answers"
+    if "on_policy" not in config.systems:
+        reasons["on_policy"] = "config.systems does not have it"
     if config.trained == "all":
         reasons["lora"] = "config.trained is 'all'"
     if not config.transfer.completion:

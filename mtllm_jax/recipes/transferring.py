@@ -3,7 +3,7 @@ both. Each is a file or a folder of the run, which the tools of `launch/` write 
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from etils import epath
 from mtllm_jax import distributed
 from mtllm_jax.config import SDRRL, TransferSet
 from mtllm_jax.data.babel_instructions import Instructions
-from mtllm_jax.data.transfer import baselines, rows
+from mtllm_jax.data.formats import json_records
+from mtllm_jax.data.transfer import rows
 from mtllm_jax.data.transfer.build import Inputs, Transfer, build
 from mtllm_jax.data.transfer.held_out import HeldOut
 from mtllm_jax.data.transfer.lexicon import Lexicon, lexicon_of
@@ -20,7 +21,7 @@ from mtllm_jax.data.transfer.parallel import Pair
 from mtllm_jax.data.translation_filters import Filters
 from mtllm_jax.generate import Decoding, generate
 from mtllm_jax.recipes.job import Job
-from mtllm_jax.runfolder import write_jsonl
+from mtllm_jax.runfolder import StageFolder, write_jsonl
 from mtllm_jax.sampling import Sampling
 from mtllm_jax.translate import Decoding as TranslationDecoding
 from mtllm_jax.translate import translate
@@ -45,10 +46,20 @@ class Material:
     lines: Sequence[Row] = ()
     rejects: Sequence[Row] = ()
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The texts of a prompt that has been answered."""
-        return ("prompt", "answer", *(["reference"] if "reference" in self.prompts[0] else []))
+    def columns(self, sets: Iterable[TransferSet]) -> tuple[str, ...]:
+        """The texts of a prompt that has been answered, that these sets are made of translations
+        of."""
+        wanted = {made.answers for made in sets if made.translates}
+        there = [
+            *(["reference"] if "reference" in self.prompts[0] else []),
+            *(["rewritten"] if "rewritten" in wanted else []),
+        ]
+        return ("prompt", "answer", *there)
+
+    def held_out(self) -> HeldOut:
+        """What nothing is trained on that says it."""
+        lines = (row["text"] for row in self.lines)
+        return HeldOut([*(row["prompt"] for row in self.tests), *lines])
 
 
 def embedded(config: SDRRL, instructions: Instructions) -> Material:
@@ -90,9 +101,19 @@ def embedded(config: SDRRL, instructions: Instructions) -> Material:
 # ---------------------------------------------------------------- answers and translations
 
 
-def answered(job: Job[SDRRL], folder: str, prompts: epath.Path, output: epath.Path) -> Path:
+def answered(
+    job: Job[SDRRL],
+    folder: str,
+    prompts: epath.Path,
+    output: epath.Path,
+    *,
+    seed: int | None = None,
+    sampling: Sampling | None = None,
+    keep_ids: bool = False,
+) -> Path:
     """The file `output` of a file of prompts and an LLM's answers to them; one that is there is
-    kept."""
+    kept. seed, sampling: by default the run's, and as `config.answering` says. keep_ids: as of
+    `generate`."""
     config, how = job.config, job.config.answering
     file = Path(output)
     if distributed.by_first(file.exists):
@@ -100,20 +121,30 @@ def answered(job: Job[SDRRL], folder: str, prompts: epath.Path, output: epath.Pa
     decoding = Decoding(
         template=how.template,
         system=how.system,
-        sampling=Sampling(how.temperature, how.top_k, how.top_p, how.repetition_penalty),
+        sampling=sampling
+        or Sampling(how.temperature, how.top_k, how.top_p, how.repetition_penalty),
         max_new_tokens=how.max_new_tokens,
         stop=(),
-        seed=job.stage_seed("answers"),
+        seed=job.stage_seed("answers") if seed is None else seed,
         batch_rows=how.batch_rows,
         dtype=config.compute_dtype,
     )
-    generate(folder, os.fspath(prompts), os.fspath(file), decoding, fsdp=1, console=job.console)
+    generate(
+        folder,
+        os.fspath(prompts),
+        os.fspath(file),
+        decoding,
+        fsdp=1,
+        console=job.console,
+        keep_ids=keep_ids,
+    )
     distributed.meet()  # process 0 has written it
     return file
 
 
 def own_answers(job: Job[SDRRL], llm: str, material: Material) -> Path:
-    """What the LLM itself answers to the training instructions."""
+    """What the LLM itself answers to the training instructions; and, where that is trained on, the
+    references in its own words."""
     with job.stage("answers", "the LLM's own answers") as stage:
         write_jsonl(stage.path / "prompts.jsonl", material.prompts)
         if material.rejects:
@@ -122,11 +153,24 @@ def own_answers(job: Job[SDRRL], llm: str, material: Material) -> Path:
                 f"instructions that cannot be used: {len(material.rejects)};"
                 f" {stage.path / 'rejects.jsonl'} says why"
             )
-        return answered(job, llm, stage.path / "prompts.jsonl", stage.path / "answers.jsonl")
+        file = answered(job, llm, stage.path / "prompts.jsonl", stage.path / "answers.jsonl")
+        rewrites = any(made.answers == "rewritten" for made in job.config.sets.values())
+        return _with_rewritten(job, llm, file, stage) if rewrites else file
+
+
+def _with_rewritten(job: Job[SDRRL], llm: str, answers: Path, stage: StageFolder) -> Path:
+    given = [row for _, row in json_records(answers)]
+    asked, output = stage.path / "rewriting.jsonl", stage.path / "rewritten.jsonl"
+    write_jsonl(asked, rows.rewriting_prompts(given, job.config.transfer.rewriting_prompt))
+    said = [row for _, row in json_records(answered(job, llm, asked, output))]
+    whole = stage.path / "with_rewritten.jsonl"
+    write_jsonl(whole, rows.with_rewritten(given, said))
+    distributed.meet()  # process 0 has written it
+    return Path(whole)
 
 
 def translated(job: Job[SDRRL], translator: str, answers: Path, columns: Sequence[str]) -> Path:
-    """Instructions, answers and references in the targets."""
+    """The columns of a file of answered instructions in the targets."""
     config, how = job.config, job.config.translating
     with job.stage("translations", "their translations") as stage:
         file = Path(stage.path / "translations.jsonl")
@@ -155,27 +199,15 @@ def translated(job: Job[SDRRL], translator: str, answers: Path, columns: Sequenc
 # ---------------------------------------------------------------- sets
 
 
-def settings_of(config: SDRRL, system: str) -> TransferSet:
-    """What a system's training rows are."""
-    if system == "sdrrl":
-        return config.transfer
-    make = {"sft": baselines.sft, "t_sft": baselines.t_sft}[system]
-    return make(config.english, config.languages, config.transfer.seed)
-
-
 def transfer_sets(
     job: Job[SDRRL], material: Material, answers: Path, translations: Path | None
 ) -> dict[str, Transfer]:
     """The training rows of each system that is trained. ValueError where one has none."""
     config = job.config
-    lines = (row["text"] for row in material.lines)
-    held_out = HeldOut([*(row["prompt"] for row in material.tests), *lines])
+    held_out = material.held_out()
     found = {}
     with job.stage("transfer", "what is trained on") as stage:
-        for system in config.systems:
-            if system == "base":
-                continue
-            settings = settings_of(config, system)
+        for system, settings in config.sets.items():
             columns = [
                 settings.answers,
                 *(["reference"] if settings.answer_filter != "none" else []),

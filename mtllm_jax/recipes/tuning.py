@@ -5,18 +5,19 @@ B rows, N texts per row, T positions, D width, V vocabulary.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from mtllm_jax import distributed
-from mtllm_jax.config import SDRRL
+from mtllm_jax.config import SDRRL, Training
 from mtllm_jax.data.packing import Rows, pack
-from mtllm_jax.data.pipeline import add_by_example
+from mtllm_jax.data.pipeline import Batch, add_by_example
 from mtllm_jax.data.templates import Template
 from mtllm_jax.data.tokenise import Ids, TargetTokenizer
 from mtllm_jax.data.transfer.build import Example
@@ -29,7 +30,7 @@ from mtllm_jax.objectives import Terms, next_tokens
 from mtllm_jax.ops.vocab_loss import cross_entropy_of_rows
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.job import Job
-from mtllm_jax.runfolder import made_locally, write_jsonl
+from mtllm_jax.runfolder import StageFolder, made_locally, write_jsonl
 from mtllm_jax.train import Objective, fit
 
 
@@ -61,6 +62,12 @@ def split_for(config: SDRRL, model: Llama) -> tuple[nnx.GraphDef, nnx.State, nnx
     return split(model, learns)
 
 
+def said_by(model: Llama, dtype: DTypeLike) -> Array:
+    """The kernel of a model's logits, [V, D], whole over fsdp: left cut, devices would be sent
+    each other's logits."""
+    return weight(model.embedding if model.output is None else model.output, dtype)
+
+
 def answer_likelihood(config: SDRRL, graph: nnx.GraphDef) -> Objective:
     """Negative log-likelihood of the answers' tokens, given what stands before them.
 
@@ -78,10 +85,8 @@ def answer_likelihood(config: SDRRL, graph: nnx.GraphDef) -> Objective:
         )
         is_asked_BT = positions_in_segment(segments_BT) + 1 < num_asked_BT
         h_BTD = model.hidden(model.embed(ids_BT, dtype), segments_BT, causal=True, dropout_key=key)
-        # Whole over fsdp: left cut, all devices would be sent each other's logits.
-        output = model.embedding if model.output is None else model.output
         is_said_BT = valid_BT & ~is_asked_BT
-        loss = cross_entropy_of_rows(h_BTD, weight(output, dtype), labels_BT, is_said_BT)
+        loss = cross_entropy_of_rows(h_BTD, said_by(model, dtype), labels_BT, is_said_BT)
         return {"loss": loss}
 
     return objective
@@ -89,12 +94,9 @@ def answer_likelihood(config: SDRRL, graph: nnx.GraphDef) -> Objective:
 
 def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence[Example]) -> str:
     """Train the LLM of a folder on examples; returns the folder of what it became."""
-    config, seed = job.config, job.stage_seed(name)
+    config = job.config
     training = config.training
     with job.stage(name, title) as stage:
-        tuned_folder = os.fspath(stage.path / "model")
-        if distributed.by_first(lambda: Files(tuned_folder).has("config.json")):
-            return tuned_folder
         tokenizer = TargetTokenizer(local_files(folder))
         template = Template(config.answering.template, tokenizer, config.answering.system)
 
@@ -103,12 +105,7 @@ def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence
             all_of_them = [examples[i] for i in range(len(examples))]
             length = training.target_length
             texts, num_asked, rejects = conversations(tokenizer, template, all_of_them, length)
-            if rejects:
-                write_jsonl(stage.path / "rejects.jsonl", rejects)
-                job.console.warn(
-                    f"examples without room for an answer: {len(rejects)};"
-                    f" {stage.path / 'rejects.jsonl'} names them"
-                )
+            tell_rejects(job, stage, rejects)
             if not texts:
                 raise ValueError(
                     f"config.training.target_length is {length}; no example has room for its answer"
@@ -123,25 +120,72 @@ def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence
             job.console.print(packed.told())
             return packed, num_asked
 
-        llm = stacking.load_llm(config, folder, (), job.mesh, job.console)
-        model = stacking.with_adapters(config, llm, seed)
-        graph, trainable, frozen = split_for(config, model)
-        trained = fit(
+        def likelihood(llm: Llama, graph: nnx.GraphDef, frozen: nnx.State) -> tuple[Objective, Any]:
+            return answer_likelihood(config, graph), frozen
+
+        return tuned_on(
+            job,
             stage,
             name,
+            folder,
             training,
-            objective=answer_likelihood(config, graph),
-            trainable=trainable,
-            frozen=frozen,
+            likelihood,
             rows=lambda: read()[0],
-            mesh=job.mesh,
-            seed=seed,
-            console=job.console,
-            watch=job.watch,
             add=lambda: add_by_example({"prompt_tokens": read()[1]}),
         )
-        tuned = nnx.merge(graph, trained, frozen)
-        lora.merge(tuned)
-        with made_locally(tuned_folder, "config.json") as new:
-            save_llama(tuned, new, tokenizer_files_from=folder)
+
+
+def tell_rejects(job: Job[SDRRL], stage: StageFolder, rejects: Sequence[Mapping[str, Any]]) -> None:
+    """Write down what a row has no room for."""
+    if rejects:
+        write_jsonl(stage.path / "rejects.jsonl", rejects)
+        job.console.warn(
+            f"examples without room for an answer: {len(rejects)};"
+            f" {stage.path / 'rejects.jsonl'} names them"
+        )
+
+
+def tuned_on(
+    job: Job[SDRRL],
+    stage: StageFolder,
+    name: str,
+    folder: str,
+    training: Training,
+    objective_of: Callable[[Llama, nnx.GraphDef, nnx.State], tuple[Objective, Any]],
+    *,
+    rows: Callable[[], Rows],
+    add: Callable[[], Callable[[Batch], Batch]] | None = None,
+) -> str:
+    """Train the LLM of a folder in a stage, as `config.trained` says; returns the folder of what it
+    became.
+
+    objective_of: the LLM as it is, the graph of the one that learns and the state of it that does
+    not → what is minimised, and what that is given as frozen. rows, add: as of `fit`.
+    """
+    config, seed = job.config, job.stage_seed(name)
+    tuned_folder = os.fspath(stage.path / "model")
+    if distributed.by_first(lambda: Files(tuned_folder).has("config.json")):
+        return tuned_folder
+    llm = stacking.load_llm(config, folder, (), job.mesh, job.console)
+    model = stacking.with_adapters(config, llm, seed)
+    graph, trainable, kept = split_for(config, model)
+    objective, frozen = objective_of(llm, graph, kept)
+    trained = fit(
+        stage,
+        name,
+        training,
+        objective=objective,
+        trainable=trainable,
+        frozen=frozen,
+        rows=rows,
+        mesh=job.mesh,
+        seed=seed,
+        console=job.console,
+        watch=job.watch,
+        add=add,
+    )
+    tuned = nnx.merge(graph, trained, kept)
+    lora.merge(tuned)
+    with made_locally(tuned_folder, "config.json") as new:
+        save_llama(tuned, new, tokenizer_files_from=folder)
     return tuned_folder

@@ -101,6 +101,26 @@ def test_rows_come_in_their_order_with_answers_whatever_their_order_was(folder, 
     assert texts("s-out.jsonl") == texts()
 
 
+def test_the_tokens_of_answers_can_be_kept_as_they_were_drawn(folder, here):
+    """The model knows nothing: its tokens are seldom those that their text would be read as."""
+    console = Console(io.StringIO())
+    rows = str(write("r.jsonl", ROWS))
+    generate.generate(
+        str(folder), rows, "out.jsonl", decoding(), fsdp=1, console=console, keep_ids=True
+    )
+    tokenizer = TargetTokenizer(folder)
+    for row in (found := read("out.jsonl")):
+        ids = np.array(row["answer_ids"], np.int32)
+        assert tokenizer.eos_id not in ids and len(ids) + row["ended"] <= 8
+        assert tokenizer.decode([ids]) == [row["answer"]]
+    assert any(tokenizer.encode([r["answer"]])[0].tolist() != r["answer_ids"] for r in found)
+    named = str(write("s.jsonl", [ROWS[0] | {"answer_ids": []}]))
+    with pytest.raises(ValueError, match="there is a column 'answer_ids'"):
+        generate.generate(
+            str(folder), named, "s-out.jsonl", decoding(), fsdp=1, console=console, keep_ids=True
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_rows", "devices", "fsdp"), [(1, 1, 1), (5, 1, 1), (4, 4, 2)])
 def test_batches_and_devices_change_no_text(batch_rows, devices, fsdp, folder, here, monkeypatch):

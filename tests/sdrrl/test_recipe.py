@@ -35,7 +35,6 @@ def with_answering(**changes):
         (lambda: with_transfer(targets=("deu_Latn", "ger_Latn")), "the nearest are"),
         (lambda: with_transfer(targets=("deu_Latn", "ace_Latn")), "config.transfer.targets"),
         (lambda: with_transfer(source="fra_Latn"), "config.transfer.source is 'fra_Latn'"),
-        (lambda: with_transfer(answers="rewritten"), "config.transfer.answers is 'rewritten'"),
         (lambda: with_transfer(answer_filter="similarity"), "config.transfer.answer_filter"),
         (lambda: with_answering(template="chat"), "no chat template"),
         (lambda: with_answering(system="Be brief."), "config.answering.system"),

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Processes
 
-from mtllm_jax.config import COMBINATIONS
+from mtllm_jax.config import COMBINATIONS, SDRRL_PARTS, TransferSet
 from mtllm_jax.data.formatting import prose
-from mtllm_jax.data.transfer import baselines, build
+from mtllm_jax.data.transfer import build
 from mtllm_jax.data.transfer.build import Inputs, Transfer, make
 from mtllm_jax.data.transfer.held_out import HeldOut, normalised, read_texts, texts_of
 from mtllm_jax.data.transfer.lexicon import Lexicon, lexicon_of, read_lexicon, switch
@@ -54,7 +54,7 @@ PARALLEL = {
     for code in TARGETS
 }
 INPUTS = Inputs(ROWS, LEXICONS, PARALLEL, model="LLM", translator="NLLB")
-WHOLE = dataclasses.replace(baselines.sdrrl(ENG, TARGETS), switch_rate=1.0)
+WHOLE = TransferSet(ENG, TARGETS, switch_rate=1.0)
 
 
 def sides(example):
@@ -135,7 +135,7 @@ def test_parallel_sentences_become_translations_both_ways_and_completions():
 
 
 def test_weights_are_how_often_and_halves_are_drawn_row_by_row():
-    config = dataclasses.replace(baselines.sft(ENG, TARGETS), ll=2.5)
+    config = dataclasses.replace(WHOLE.of("sft"), ll=2.5)
     rows = [Row(str(i), {n: f"{n} {i}" for n in KEYS}) for i in range(400)]
     made = make(config, Inputs(rows))
     times = collections.Counter(e["row"] for e in made.examples)
@@ -160,36 +160,65 @@ def test_what_is_drawn_follows_the_seed_and_not_the_rows_beside_it():
 
 
 def test_each_baseline_is_the_kinds_that_it_is_known_for():
-    asked = rewriting_prompts(ROWS)
+    given = [{"id": row.id, **row.texts} for row in ROWS]
+    asked = rewriting_prompts(given, WHOLE.rewriting_prompt)
     assert ROWS[1].texts["prompt"] in asked[1]["prompt"]
     assert ROWS[1].texts["reference"] in asked[1]["prompt"]
-    answers = [Row(row["id"], {"answer": f"anew {row['id']}"}) for row in asked]
-    rows = with_rewritten(ROWS, answers)
-    assert with_rewritten(ROWS, answers[1:])[0] == ROWS[0]
+    answers = [{"id": r["id"], "answer": f"anew {r['id']}", "ended": True} for r in asked]
+    rewritten = with_rewritten(given, answers)
+    assert rewritten[0] == given[0] | {"rewritten": f"anew {ROWS[0].id}"}
+    # Not answered, or not to its end.
+    cut_short = answers[1] | {"ended": False}
+    assert [r["rewritten"] for r in with_rewritten(given[:2], [cut_short])] == ["", ""]
+    rows = [
+        dataclasses.replace(row, texts={**row.texts, "rewritten": made["rewritten"]})
+        for row, made in zip(ROWS, rewritten, strict=True)
+    ]
     inputs = dataclasses.replace(INPUTS, rows=rows)
     kinds = {
-        baselines.sft: {"LL"},
-        baselines.t_sft: {"TT"},
-        baselines.cross_lingual: {"LL", "TT", "translation"},
-        baselines.sdrrl: {*COMBINATIONS, "switched", "translation", "completion"},
-        baselines.sdft: {"LL"},
+        "sft": {"LL"},
+        "t_sft": {"TT"},
+        "cross_lingual": {"LL", "TT", "translation"},
+        "sdrrl": {*COMBINATIONS, "switched", "translation", "completion"},
+        "sdft": {"LL"},
     }
-    says = {baselines.sdrrl: "answer", baselines.sdft: "anew"}
-    for function, wanted in kinds.items():
-        made = make(function(ENG, TARGETS), inputs)
+    says = {"sdrrl": "answer", "sdft": "anew"}
+    for system, wanted in kinds.items():
+        made = make(WHOLE.of(system), inputs)
         assert set(made.counts) == wanted
         (first, *_) = [e for e in made.examples if e["kind"] in ("LL", "TT")]
-        assert says.get(function, "reference") in first["answer"]
+        assert says.get(system, "reference") in first["answer"]
     every = {*COMBINATIONS, "switched", "translation", "completion"}
-    for part in baselines.PARTS[1:]:
-        made = make(baselines.sdrrl_without(part, ENG, TARGETS), inputs)
+    for part in SDRRL_PARTS[1:]:
+        made = make(WHOLE.of(f"sdrrl_without_{part}"), inputs)
         left = {kind for kind in every if kind.lower() != part}
         assert set(made.counts) == left
-    assert baselines.sdrrl_without("own_answers", ENG, TARGETS).answers == "reference"
-    with pytest.raises(
-        ValueError, match="'mt' is no part of SDRRL; it must be one of own_answers, ll"
-    ):
-        baselines.sdrrl_without("mt", ENG, TARGETS)
+    assert {*SDRRL_PARTS} == {"own_answers", *map(str.lower, WHOLE.weights)}
+    without = dataclasses.replace(WHOLE, answer_filter="exact").of("sdrrl_without_own_answers")
+    assert without == dataclasses.replace(WHOLE, answers="reference")
+    for system in ("base", "sdrrl_without_mt", "ll", "own_answers"):
+        with pytest.raises(ValueError, match=f"'{system}' is no system .* one of sft, t_sft"):
+            WHOLE.of(system)
+
+
+def test_a_baseline_has_the_prompts_of_the_set_that_it_is_compared_with():
+    mine = dataclasses.replace(WHOLE, translation_prompt="{text} <{source} to {target}>", seed=3)
+    made = mine.of("cross_lingual")
+    assert (made.translation_prompt, made.seed) == (mine.translation_prompt, 3)
+    assert made.check() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "translates"),
+    [
+        ({}, True),
+        ({"lt": 0.0, "tl": 0.0, "tt": 0.0}, True),  # one switched copy is of LT
+        ({"lt": 0.0, "tl": 0.0, "tt": 0.0, "switched_from": ("LL",)}, False),
+        ({"lt": 0.0, "tl": 0.0, "tt": 0.0, "switched": 0.0}, False),
+    ],
+)
+def test_what_is_made_of_translations_is_known(changes, translates):
+    assert dataclasses.replace(WHOLE, **changes).translates == translates
 
 
 # ---------------------------------------------------------------- what is left out
@@ -437,7 +466,7 @@ def test_rows_and_translations_are_read_and_what_fails_is_a_reject(tmp_path):
         (3, "no row has the id 'y'"),
         (5, "the answer is empty"),
     ]
-    config = baselines.t_sft(ENG, TARGETS)
+    config = WHOLE.of("t_sft")
     made = make(dataclasses.replace(config, answers="answer"), Inputs(joined, rejects=rejects))
     assert made.dropped_counts["the answer is empty"] == {"row": 2}
     for rows, words in (
@@ -571,8 +600,8 @@ def test_real_lexicons_and_corpora(mtllm_data):
     assert len(pairs) == 1997 and not any("\r" in p.source + p.target for p in pairs)
     flores = mtllm_data / "flores_nllb600m" / "evaluation" / "af-en"
     held = HeldOut(read_texts(flores))
-    config = dataclasses.replace(baselines.sdrrl(ENG, ("swh_Latn",)), **baselines._NONE)
-    config = dataclasses.replace(config, translation=1.0)
+    config = TransferSet(ENG, ("swh_Latn",)).of("sft")
+    config = dataclasses.replace(config, ll=0.0, translation=1.0)
     seen = [Pair("f:1", (flores / "flores-dev.en").read_text().split("\n")[3], "x y")]
     made = make(config, Inputs(parallel={"swh_Latn": pairs[:50] + seen}, held_out=held))
     assert made.counts == {"translation": 100}

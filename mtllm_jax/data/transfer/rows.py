@@ -19,10 +19,6 @@ from mtllm_jax.data.transfer.held_out import normalised
 from mtllm_jax.languages import check_language
 
 ANSWERS = ("answer", "reference", "rewritten")
-REWRITING_PROMPT = (  # [ours]
-    "{prompt}\n\nA correct answer is given below. Answer in your own words, saying the same.\n\n"
-    "{reference}"
-)
 
 # Own answers and their references → whether each answer is kept.
 AnswerFilter = Callable[[Sequence[str], Sequence[str]], list[bool]]
@@ -135,20 +131,27 @@ def _text(cells: Mapping[str, Any], name: str) -> str:
 # ---------------------------------------------------------------- answers
 
 
-def rewriting_prompts(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Rows for `launch/generate.py`, which ask for each reference in the model's words (SDFT)."""
-    return [{"id": row.id, "prompt": REWRITING_PROMPT.format(**row.texts)} for row in rows]
+def rewriting_prompts(rows: Sequence[Mapping[str, Any]], prompt: str) -> list[dict[str, str]]:
+    """Rows for `launch/generate.py`, which ask for each reference in the model's words (SDFT).
 
-
-def with_rewritten(rows: Sequence[Row], answers: Sequence[Row]) -> list[Row]:
-    """The rows with what was answered to `rewriting_prompts`; those without it as they are."""
-    found = {row.id: row.texts["answer"] for row in answers}
+    rows: with id, prompt and reference. prompt: as `TransferSet.rewriting_prompt`.
+    """
     return [
-        dataclasses.replace(row, texts={**row.texts, "rewritten": found[row.id]})
-        if row.id in found
-        else row
+        {
+            "id": row["id"],
+            "prompt": prompt.format(prompt=row["prompt"], reference=row["reference"]),
+        }
         for row in rows
     ]
+
+
+def with_rewritten(
+    rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows with what was answered to `rewriting_prompts` as "rewritten": "" where nothing was,
+    or the answer was cut before its end."""
+    found = {row["id"]: row["answer"] for row in answers if row["ended"]}
+    return [{**row, "rewritten": found.get(row["id"], "")} for row in rows]
 
 
 def answer_filter(config: TransferSet, embed: Embed | None = None) -> AnswerFilter | None:
