@@ -197,6 +197,11 @@ def smollm2() -> c.SDRRL:
             adam_b2=0.99,
             checkpoint_every=20,
         ),
+        on_policy=c.OnPolicy(
+            training=c.Training(steps=20, batch_rows=4, learning_rate=1e-4, target_length=256),
+            teacher_length=384,
+            instructions=100,
+        ),
         trained="lora",
         lora=c.LoRA(rank=8, alpha=16, dropout=0.0, targets=("all",)),
         systems=("base", "sdrrl"),

@@ -34,7 +34,10 @@ def test_every_system_has_a_name_and_a_note_and_the_default_compares_four():
     assert set(SDRRL_SYSTEMS) <= SYSTEM_NAMES.keys() and set(SDRRL_SYSTEMS) <= SYSTEM_NOTES.keys()
     assert len({SYSTEM_NAMES[name] for name in SDRRL_SYSTEMS}) == len(SDRRL_SYSTEMS)
     for make in RECIPES.values():
-        assert isinstance(make().on_policy, OnPolicy) and "on_policy" not in make().systems
+        settings = make()
+        how = settings.on_policy
+        assert isinstance(how, OnPolicy) and "on_policy" not in settings.systems
+        assert how.training.target_length <= settings.training.target_length < how.teacher_length
 
 
 def test_all_systems_together_are_let_in():
