@@ -150,6 +150,7 @@ def next_steps(run_folder: Path, recipe: str = "mtllm") -> list[tuple[str, str]]
             ("answers", f"{run_folder}/predictions/*.jsonl"),
             ("trained on", f"{run_folder}/transfer/sdrrl/sample.html"),
             ("ask", f"python launch/generate.py --model={model} --input=FILE --output=FILE"),
+            ("benchmark", f"python launch/evaluate.py --model={model} --task=NAME --data=DIR"),
             ("other seed", f"{train}{run_folder}/config.json --workdir=NEW --config.seed=1"),
             ("repeat", f"{train}{run_folder}/config.json --workdir=NEW"),
         ]

@@ -30,7 +30,9 @@ from mtllm_jax.sampling import Sampling
 
 _WINDOW = 256  # rows whose choices are scored together, and kept
 
-Answers = list[dict[str, str]]  # of each row "answer", and "problem" where that is "" for a reason
+# Of each row "answer"; where that is "" for a reason, "problem"; of what is written, "ended", False
+# where it was cut.
+Answers = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,10 @@ def written(
             llm.folder, os.fspath(asked), os.fspath(answers), how, fsdp=means.fsdp, console=console
         )
         distributed.meet()  # process 0 has written it
-    found = {(row["id"], row["language"]): row["answer"] for _, row in json_records(answers)}
+    found = {
+        (row["id"], row["language"]): {"answer": row["answer"], "ended": row["ended"]}
+        for _, row in json_records(answers)
+    }
     rejects = answers.with_name(f"{answers.name}.rejects.jsonl")
     reasons = {
         (reject["row"]["id"], reject["row"]["language"]): reject["reason"]
@@ -110,8 +115,7 @@ def written(
     }
     every = [(row["id"], row["language"]) for row in prompts]
     return [
-        {"answer": found[key]} if key in found else {"answer": "", "problem": reasons[key]}
-        for key in every
+        found[key] if key in found else {"answer": "", "problem": reasons[key]} for key in every
     ]
 
 
@@ -173,7 +177,7 @@ def chosen(
     return [one if "problem" in one else _likeliest(next(scores_C)) for one in answers]
 
 
-def _likeliest(scores_C: np.ndarray) -> dict[str, str]:
+def _likeliest(scores_C: np.ndarray) -> dict[str, Any]:
     if not np.isfinite(scores_C).all():
         return {"answer": "", "problem": "the model's logits for it are no numbers"}
     return {"answer": str(int(np.argmax(scores_C)) + 1)}

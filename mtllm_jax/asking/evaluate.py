@@ -74,10 +74,18 @@ class How:
 
 
 def is_llm(model: str, task: str) -> bool:
-    """Whether --model is to be asked by prompts: a causal LLM's folder, or a name on the hub."""
+    """Whether --model is to be asked by prompts: a causal LLM's folder, or a name on the hub.
+
+    ValueError for the folder of an SDRRL run, which has several.
+    """
     config = epath.Path(model) / "config.json"
     if config.exists():
         values = read_json(config)
+        if isinstance(values, dict) and values.get("recipe") == "sdrrl":
+            raise ValueError(
+                f"--model={model} is a run of SDRRL; it must be one of its LLMs, as"
+                f" {model}/sdrrl/model."
+            )
         return isinstance(values, dict) and values.get("model_type") in FAMILIES
     return task in TASKS and not epath.Path(model).exists()
 
@@ -120,12 +128,14 @@ def evaluate(
         "prompt": digest_of(prompt),
         "template": llm.template_name,
         "max_new_tokens": max_new_tokens,
+        "dtype": means.dtype,
     }
     distributed.by_first(lambda: check_folder(folder, about))
     if distributed.by_first((folder / _PREDICTIONS).exists):
         console.print(f"the answers are those in {folder / _PREDICTIONS}")
     else:
-        _answer(llm, task, asked, prompt, max_new_tokens, folder, about, means, console)
+        told = {"about": about, "model": name}
+        _answer(llm, task, asked, prompt, max_new_tokens, folder, told, means, console)
     if not distributed.is_first():
         return {}
     rows = list(formats.json_records(Path(folder / _PREDICTIONS)))
@@ -138,11 +148,15 @@ def evaluate(
             f"{len(problems)} of the {len(rows)} rows have no answer and count as such, the first"
             f" as {problems[0]}; predictions/llm.jsonl has the reason of each."
         )
+    if cut := sum(not row.get("ended", True) for _, row in rows):
+        results["notes"].append(
+            f"{cut} of the {len(rows)} answers were cut at {max_new_tokens} tokens."
+        )
     tables = _tables(results)
     write_json(folder / "results.json", results)
     write_text(folder / "results.md", _markdown(results, tables))
     first = filled(task, prompt, asked.rows[0])
-    texts = [("Prompt", prompt), ("The first row's", first)]
+    texts = [("Prompt", prompt), ("The first row's prompt", first)]
     config = {
         "evaluated": dataclasses.asdict(source)
         | dataclasses.asdict(how)
@@ -159,8 +173,9 @@ def evaluate(
         _steps(model, source, folder),
         texts=texts,
     )
-    for title, columns, lines in tables:
-        console.table(columns, lines, title)
+    for measure, (_, columns, lines) in zip(results["measures"], tables, strict=True):
+        console.table(columns, lines, f"{measure['name']}, %")
+        console.print(f" {measure['about']}\n", style="dim")
     for note in results["notes"]:
         console.print(f" {note}", style="dim")
     console.print(f"{folder}: predictions/, prompt.txt, results.json, results.md, report.html")
@@ -186,6 +201,11 @@ def _task(source: Source) -> Asked:
         raise ValueError(
             f"--task={source.task} is not one that an LLM's folder is asked: these are"
             f" {', '.join(TASKS)}."
+        )
+    if source.english_data and source.task != "xcopa":
+        raise ValueError(
+            f"--english_data has no effect on --task={source.task}; xcopa alone has its English"
+            " rows elsewhere."
         )
     return TASKS[source.task]
 
@@ -267,13 +287,12 @@ def _answer(
     prompt: str,
     max_new_tokens: int,
     folder: epath.Path,
-    about: Mapping[str, Any],
+    told: Mapping[str, Any],
     means: Means,
     console: Console,
 ) -> None:
-    """Write predictions/llm.jsonl, prompt.txt, and what is to be known of them."""
+    """Write predictions/llm.jsonl, prompt.txt, and what is told of them."""
     stage = Stage()
-    told: dict[str, Any] = {"about": about, "model": name_of(llm.folder)}
     if distributed.is_first():
         write_json(folder / ABOUT, told)
         write_text(folder / "prompt.txt", prompt + "\n")
@@ -292,6 +311,7 @@ def _answer(
     else:
         options = [task.options(row) for row in asked.rows]
         answers = answering.chosen(llm, prompts, options, work, means, console)
+    distributed.meet()  # all have read what is removed now
     if distributed.is_first():
         written = [
             {name: row[name] for name in _KEY} | {"prompt": text, "label": row["label"]} | answer
@@ -299,8 +319,8 @@ def _answer(
         ]
         count = sum(is_cut for _, is_cut in fitted)
         cut = f"In {count} prompts the {task.cut} has lost its end, to fit the context."
-        told |= {"notes": [cut] * bool(count), "seconds": round(stage.seconds, 2)}
-        write_json(folder / ABOUT, told)
+        notes = [cut] * bool(count)
+        write_json(folder / ABOUT, {**told, "notes": notes, "seconds": round(stage.seconds, 2)})
         write_jsonl(folder / _PREDICTIONS, written)
         shutil.rmtree(work)
 
@@ -329,11 +349,12 @@ def _results(
     theirs: list[Measure] = []
     before = ""
     if other is not None:
-        before = other.name if other.name != name else f"{other.name}, before"
+        before = other.name if other.name != name else f"{other.name} before"
         keys = [(row["id"], row["language"]) for row in rows]
         answered = np.array([key in other.answers for key in keys])
         both = task.measures(rows, [other.answers.get(key, "") for key in keys], pieces)
         theirs = together(both, answered)
+        notes.append(f"Before is {system_name(before)}, after {system_name(name)}.")
         notes += _differences(other, told["about"], before, answered)
     measures = []
     for place, mine in enumerate(ours):
@@ -389,8 +410,8 @@ def _tables(results: Mapping[str, Any]) -> list[Table]:
 
 def _table(results: Mapping[str, Any], measure: Mapping[str, Any]) -> Table:
     mine, *others = measure["systems"].values()
-    after, *before = map(system_name, measure["systems"])
     change = measure.get("change")
+    values = [system_name(*measure["systems"])] if change is None else ["before", "after"]
 
     def line(label: str, code: str, at: str) -> list[str]:
         """at: the place in an entry: "english", "mean", or a language's code."""
@@ -412,9 +433,9 @@ def _table(results: Mapping[str, Any], measure: Mapping[str, Any]) -> Table:
     lines = []
     if mine["english"] is not None:
         lines.append(line("English", ENGLISH, "english"))
-    lines.append(line(f"mean of {len(codes)} languages", "", "mean"))
+    lines.append(line(f"mean of {len(codes)} language{'s' * (len(codes) > 1)}", "", "mean"))
     lines += [line(language_name(code), code, code) for code in codes]
-    columns = ["language", "code", "rows", *before, after, "95 %"]
+    columns = ["language", "code", "rows", *values, "95 %"]
     if change is not None:
         columns += ["change", "95 %"]
     return f"{measure['name']}, %: {measure['about']}", columns, lines

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtllm_jax.asking.measures import Measure, mean, off_target
-from mtllm_jax.asking.translation import Pieces, first_line
-from mtllm_jax.asking.words import plain, words
+from mtllm_jax.asking.translation import Pieces
+from mtllm_jax.asking.words import first_line, plain, words
 
 _KINDS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 _ABOUT = (

@@ -15,7 +15,8 @@ from typing import Any
 from mtllm_jax.asking import mkqa
 from mtllm_jax.asking.measures import Measure, mean, off_target
 from mtllm_jax.asking.summaries import summarised
-from mtllm_jax.asking.translation import Pieces, first_line, translated
+from mtllm_jax.asking.translation import Pieces, translated
+from mtllm_jax.asking.words import first_line
 from mtllm_jax.data.benchmarks import read_benchmark, read_bitext
 from mtllm_jax.data.benchmarks.bitext import Bitext
 from mtllm_jax.data.benchmarks.flores import read_flores
@@ -27,7 +28,7 @@ from mtllm_jax.results import language_name
 Row = Mapping[str, Any]
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_ANSWER = re.compile(r"answer\s*[::]", re.IGNORECASE)
+_ANSWER = re.compile("answer\\s*[:\N{FULLWIDTH COLON}]", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:(?<!\w)[-−])?\d+(?:\.\d+)?")
 _BETWEEN_THOUSANDS = re.compile(r"(?<=\d)[,\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}](?=\d)")
 _LETTER = re.compile(r"(?<![0-9A-Za-zÀ-ɏ])[A-Z](?![0-9A-Za-zÀ-ɏ])")  # between no Latin ones
@@ -67,14 +68,16 @@ class Asked:
 
 
 def number_in(text: str) -> decimal.Decimal | None:
-    """The last number behind the last "Answer:", or of all the text where none stands there.
+    """The last number in the line behind the last "Answer:", or in all the text where none stands
+    there.
 
     In any script's digits; commas and narrow blanks between digits part thousands, and a point
     begins a fraction.
     """
     digits = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     plain = _BETWEEN_THOUSANDS.sub("", digits)
-    for part in (_ANSWER.split(plain)[-1], plain):
+    behind = _ANSWER.split(plain)[-1].partition("\n")[0]
+    for part in (behind, plain):
         if found := _NUMBER.findall(part):
             return decimal.Decimal(found[-1].replace("−", "-"))
     return None
@@ -115,7 +118,7 @@ def _letters_written(
 
 def _numbers(rows: Sequence[Row], answers: Sequence[str], pieces: Pieces | None) -> list[Measure]:
     read = [number_in(answer) for answer in answers]
-    about = "the last number, behind “Answer:” where that is there, is the result"
+    about = "the last number, in the line of “Answer:” where one stands there, is the result"
     hits = [number_in(row["label"]) == each for row, each in zip(rows, read, strict=True)]
     return [
         mean("accuracy", about, hits),

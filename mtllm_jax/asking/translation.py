@@ -15,6 +15,7 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.tokenizers.tokenizer_base import BaseTokenizer
 
 from mtllm_jax.asking.measures import Measure, off_target
+from mtllm_jax.asking.words import first_line
 from mtllm_jax.languages import ENGLISH
 
 Row = Mapping[str, Any]
@@ -64,11 +65,6 @@ def translated(rows: Sequence[Row], answers: Sequence[str], pieces: Pieces | Non
         ]
         measures.append(off_target(f"off-target {direction}", told, said))
     return measures
-
-
-def first_line(text: str) -> str:
-    """Its first line that is not blank, where a sentence's translation is looked for."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def _chrf(code: str) -> sacrebleu.CHRF:

@@ -11,6 +11,11 @@ _ALONE = (
 )
 
 
+def first_line(text: str) -> str:
+    """Its first line that is not blank, where short answers are looked for."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
 def plain(text: str) -> str:
     """In lower case, without punctuation."""
     return without_punctuation(unicodedata.normalize("NFKC", text).lower(), " ")

@@ -272,7 +272,10 @@ def test_another_prompt_is_told(folder, here, monkeypatch):
     Path("p.txt").write_text("{question} {{in {language}}}\n")
     results, _ = asked(folder, "mgsm", prompt="p.txt", against="before", to="after")
     assert predictions("mgsm", "after")["prompt"][0] == "de what is 0? {in German}"
-    assert results["notes"] == ["tiny, before was asked otherwise: the prompt was another one."]
+    assert results["notes"] == [
+        "Before is tiny before, after tiny.",
+        "tiny before was asked otherwise: the prompt was another one.",
+    ]
     with pytest.raises(ValueError, match=r"--to=after holds another evaluation \(prompt"):
         asked(folder, "mgsm", to="after")
 
@@ -294,7 +297,9 @@ def test_what_is_written_is_what_the_llm_goes_on_with(folder, here, torch_scores
         ids.append(int(np.argmax(scores)))
     assert found["answer"][0] == tokenizer.decode([ids[-3:]])[0]
     assert found["answer"][1] == "" and "tokens; beside the answer" in found["problem"][1]
-    assert results["notes"][-1].startswith("1 of the 2 rows have no answer and count as such")
+    first, second = results["notes"]
+    assert first.startswith("1 of the 2 rows have no answer and count as such, the first as the p")
+    assert second == "1 of the 2 answers were cut at 3 tokens."
 
 
 @pytest.mark.slow
@@ -334,6 +339,7 @@ def test_a_stopped_start_is_gone_on_from(folder, here, monkeypatch):
         ({"prompt": "b.txt"}, r"--prompt=b\.txt must name \{question\}"),
         ({"prompt": "c.txt"}, r"--prompt=c\.txt is no template"),
         ({"prompt": "d.txt"}, r"--prompt=d\.txt has more than a name in braces"),
+        ({"english_data": "x"}, "--english_data has no effect on --task=mgsm"),
         ({"template": "x"}, "--template is 'x'; it may be one of chat, alpaca"),
         ({"max_new_tokens": 0}, "--max_new_tokens is 0"),
         ({"spm": "x.model"}, "--spm has no effect on --task=mgsm: nothing there"),
@@ -371,6 +377,9 @@ def test_which_models_are_asked(folder, here):
     write("run/config.json", '{"recipe": "mtllm"}')
     write("stack/config.json", '{"model_type": "mtllm"}')
     assert asking.is_llm(str(folder), "sib200")
+    write("tuned/config.json", '{"recipe": "sdrrl"}')
+    with pytest.raises(ValueError, match="it must be one of its LLMs, as tuned/sdrrl/model"):
+        asking.is_llm("tuned", "mgsm")
     assert not any(asking.is_llm(name, "mgsm") for name in ("run", "stack", "mgsm"))
     assert asking.is_llm("org/name", "mgsm") and not asking.is_llm("org/name", "sib200")
     assert asking.name_of("a/sdrrl/model") == "sdrrl" and asking.name_of("a/b") == "b"

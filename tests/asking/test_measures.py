@@ -94,6 +94,8 @@ def test_what_no_row_speaks_of_has_no_value():
         ("๒๕ บาท", "25"),
         ("x = -4", "-4"),
         ("10-4", "4"),
+        ("7 or 8. answer：4.\nThat is 5 less than 9.", "4"),
+        ("Answer:\n\n42", "42"),
         ("Answer:\n", None),
         ("7 then Answer: unknown", "7"),
     ],

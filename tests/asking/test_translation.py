@@ -10,7 +10,8 @@ import sentencepiece
 from sacrebleu.tokenizers import tokenizer_spm
 
 from mtllm_jax.asking.measures import Resamples
-from mtllm_jax.asking.translation import Pieces, first_line, translated
+from mtllm_jax.asking.translation import Pieces, translated
+from mtllm_jax.asking.words import first_line
 from mtllm_jax.data.benchmarks.flores import read_flores
 
 PLACES = [(i, j, k) for i in range(2) for j in range(2) for k in range(3)]

@@ -101,7 +101,7 @@ def read_mkqa(
             texts = [t for a in answers for t in (a["text"], *a.get("aliases", ())) if t]
             rows.append(
                 {"id": str(cells["example_id"]), "language": code, "question": question}
-                | {"lang": lang, "label": list(dict.fromkeys(texts))}
+                | {"lang": lang, "label": list(dict.fromkeys(texts)) or [""]}
             )
     rows.sort(key=lambda row: row["language"])
     return few(rows, limit)
