@@ -432,6 +432,9 @@ class TransferSet:
     completion: float = 1.0  # weight of instructions to go on with a text in T [ours]
     parallel_pairs: int = 0  # of the parallel corpus for each target; 0 = all [ours]
     prefix: tuple[float, float] = (0.3, 0.7)  # [ours] share of a text that is given to complete
+    # [ours] of rows in two languages, which else teach to answer in one that nobody asked for.
+    # {prompt}: the instruction; {language}: name of the answer's.
+    crossed_prompt: str = "{prompt}\n\nAnswer in {language}."
     # [ours] {source}, {target}: names of the languages; {text}: the text, or what is given of it.
     translation_prompt: str = "Translate the following {source} text into {target}.\n\n{text}"
     completion_prompt: str = "Continue the following {target} text.\n\n{text}"
@@ -509,6 +512,13 @@ class TransferSet:
         low, high = self.prefix
         allowed = "two shares between 0 and 1, the lower first"
         require(0 < low <= high < 1, "transfer.prefix", self.prefix, allowed)
+        crossed = _fields_of(self.crossed_prompt)
+        require(
+            crossed in ({"prompt"}, {"prompt", "language"}),
+            "transfer.crossed_prompt",
+            self.crossed_prompt,
+            "a text with {prompt}, and perhaps {language}",
+        )
         for name, fields in (
             ("translation_prompt", {"source", "target", "text"}),
             ("completion_prompt", {"target", "text"}),

@@ -16,7 +16,7 @@ from mtllm_jax.metrics import LOG_WIDTH, duration, number
 SYSTEM_NAMES = {
     "mt_llm": "MT-LLM (stacked)",
     "llm_zero_shot": "LLM zero-shot",
-    "mt_encoder": "MT encoder + head",
+    "mt_encoder": "Encoder + head",
     "encoder_linear": "Frozen encoder, linear",
     "translate_test": "Translate-test",
     "translate_train": "Translate-train",

@@ -25,7 +25,7 @@ STAGES = (
     "stage 1 general adaptation",
     "stage 2a teacher",
     "stage 2b task distillation",
-    "MT encoder + head",
+    "Encoder + head",
 )
 
 

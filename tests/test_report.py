@@ -119,7 +119,7 @@ def test_headline_in_words(tmp_path):
     assert (
         "With labels in English alone, MT-LLM (stacked) reaches 90.0 % on average over 24 "
         "languages it saw no label in (100.0 % in English): 50.0 points above LLM zero-shot, "
-        "level with MT encoder + head and 2.5 points below Translate-test." in text
+        "level with Encoder + head and 2.5 points below Translate-test." in text
     )
     assert "+50.0" in text
     assert "−2.5" in text

@@ -2,9 +2,8 @@
 
 CLDR holds names and facts but no questions, so an instruction is a name and a mark that says what
 is asked of it, "Japan <currency>", and its answer a name, "Japanese Yen"; in German "Japan
-<currency>" and "Japanischer Yen". What an item asks is the same in all languages. An *entity* is a
-territory or a language: all items of a held-out entity are held out, so that no training
-instruction in any language names it.
+<currency>" and "Japanischer Yen". What an item asks is the same in all languages, and held out in
+all of them. An *entity* is a territory or a language; other things may be asked of it in training.
 """
 
 import zlib
@@ -24,14 +23,15 @@ from mtllm_jax.languages import ENGLISH, LANGUAGES
 
 Row = dict[str, Any]
 
-TASKS = ("region", "currency", "language", "script")
+TASKS = ("region", "currency", "language", "script", "territory")
 SPLITS = ("train", "dev", "test")
 
 # Region → its number in UN M49, under which CLDR has its name.
 _CONTINENTS = {"Africa": "002", "America": "019", "Asia": "142", "Europe": "150", "Oceania": "009"}
 _MOST_LATIN = 40  # languages in the Latin script that the script is asked of
-_HELD_OUT = 0.3  # of the entities; a third of them for dev
-_TIMES = 4  # that an instruction is in the LLM's text, beside each other text once
+_HELD_OUT = 0.3  # of the items; a third of them for dev
+# That a fact is in the LLM's text: in English as an instruction, and in each other language.
+_TIMES, _TIMES_ELSEWHERE = 8, 2
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,19 @@ def _languages() -> Iterator[Item]:
 
 
 def _scripts() -> Iterator[Item]:
-    """Languages with the script that they are mostly written in; of Latin's no more than a few."""
+    """Languages with the script that they are mostly written in, of Latin's no more than a few, and
+    the territory where most of their speakers are."""
     latin = 0
     likely = get_global("likely_subtags")
     for key in names_of("en"):
         kind, _, code = key.partition("/")
         if kind != "language" or code not in likely:
             continue
-        script = likely[code].split("_")[1]
+        _, script, territory = likely[code].split("_")[:3]
         latin += script == "Latn"
         if script != "Latn" or latin <= _MOST_LATIN:
             yield Item("script", key, f"script/{script}")
+            yield Item("territory", key, f"territory/{territory}")
 
 
 class Instructions:
@@ -109,17 +111,14 @@ class Instructions:
 
     def __init__(self, languages: Sequence[str], seed: int):
         self.languages, self.seed = tuple(languages), seed
-        entities = sorted({item.entity for item in items()})
-        shuffled = [entities[i] for i in self._rng("entities").permutation(len(entities))]
-        held = round(len(shuffled) * _HELD_OUT)
-        dev = round(held / 3)
-        split_of = dict.fromkeys(shuffled, "train")
-        split_of |= dict.fromkeys(shuffled[:held], "test") | dict.fromkeys(shuffled[:dev], "dev")
         order = self._rng("items").permutation(len(items()))
         mixed = [items()[i] for i in order]
+        held = round(len(mixed) * _HELD_OUT)
+        dev = round(held / 3)
         self.items: Mapping[str, tuple[Item, ...]] = {
-            split: tuple(item for item in mixed if split_of[item.entity] == split)
-            for split in SPLITS
+            "dev": tuple(mixed[:dev]),
+            "test": tuple(mixed[dev:held]),
+            "train": tuple(mixed[held:]),
         }
 
     def _rng(self, purpose: str) -> np.random.Generator:
@@ -148,16 +147,20 @@ class Instructions:
 
     def llm_texts(self) -> list[str]:
         """What the mini LLM is trained on, shuffled: every instruction in English with its answer,
-        held out or not, some times over; names in the other languages; and each of these beside
-        the English one, in either order. No instruction in another language."""
-        rng = self._rng("llm")
+        held out or not, some times over; in the other languages each name before its English one,
+        and what is asked about before the answer, which says nothing of what was asked. No
+        instruction in another language."""
         rows = [row for split in SPLITS for row in self.rows(split, ENGLISH)]
         texts = _TIMES * [f"{row['prompt']} {row['reference']}" for row in rows]
         for code in self.languages:
-            for pair in self.pairs(code):
-                first, second = pair if rng.random() < 0.5 else pair[::-1]
-                texts += [pair[1], f"{first} = {second}"]
-        return [texts[i] for i in rng.permutation(len(texts))]
+            known = names(_locale(code))
+            texts += [f"{there} = {here}" for here, there in self.pairs(code)]
+            texts += _TIMES_ELSEWHERE * [
+                f"{known[item.entity]}, {known[item.answer]}"
+                for item in items()
+                if item.entity in known and item.answer in known
+            ]
+        return [texts[i] for i in self._rng("llm").permutation(len(texts))]
 
 
 def _locale(code: str) -> str:

@@ -38,7 +38,7 @@ TRAINED_STAGES = {
     "adaptation": "stage 1, general adaptation",
     "teacher": "stage 2a, teacher",
     "distillation": "stage 2b, task distillation",
-    "mt_encoder": "MT encoder + head",
+    "mt_encoder": "Encoder + head",
     "translate_train": "translate-train",
 }
 

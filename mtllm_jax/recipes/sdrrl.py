@@ -41,7 +41,8 @@ _SCOPE = (
     "It shows the mechanism at work: what an LLM's own English answers, translated, teach it in "
     "other languages. It does not show how good the method is on real text: instructions are a "
     "name and a mark, answers are names, both models are tiny and were trained in this run, and "
-    "the LLM has read every fact in English and every name beside its English one."
+    "the LLM has read every fact: in English as an instruction, in the other languages as two "
+    "names side by side, of which nothing was asked."
 )
 _OWN_SCOPE = (
     "These numbers hold for the models and rows of this run. Texts of the test may have been part "

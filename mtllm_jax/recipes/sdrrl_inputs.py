@@ -195,6 +195,9 @@ def idle_fields(config: SDRRL, given: Sequence[str]) -> str:
         reasons["transfer.prefix"] = "config.transfer.completion is 0"
     if not config.transfer.translation:
         reasons["transfer.translation_prompt"] = "config.transfer.translation is 0"
+    crossed = {"LT", "TL"} & set(config.transfer.switched_from) if config.transfer.switched else ()
+    if not (config.transfer.lt or config.transfer.tl or crossed):
+        reasons["transfer.crossed_prompt"] = "no row is in two languages"
     if not config.transfer.switched:
         switching = ("transfer.switched_from", "transfer.switched_sides", "transfer.switch_rate")
         reasons |= dict.fromkeys(switching, "config.transfer.switched is 0")

@@ -956,7 +956,7 @@ def mt_encoder_baseline(job: Job[MTLLM], parts: Parts, task: Task) -> EncoderCla
     """Tune the MT encoder's adapters and a head on the task in English [code]."""
     config, seed = job.config, job.stage_seed("mt_encoder")
     training = config.mt_encoder
-    with job.stage("mt_encoder", "baseline, MT encoder + head") as stage:
+    with job.stage("mt_encoder", "baseline, Encoder + head") as stage:
         encoder = nnx.clone(parts.encoder)
         _attach(config, encoder, ("all",), seed)
         head = classification_head(encoder.config.width, task.num_outputs, nnx.Rngs(seed + 1))

@@ -74,9 +74,12 @@ def test_combinations_are_those_of_the_rows_written_out_by_hand():
     for i, (a, b) in itertools.product(range(COUNT), COMBINATIONS):
         for code in TARGETS:
             begins = {"L": "eng {} of the house " + str(i), "T": code[:3] + " {} " + str(i)}
-            pair = begins[a].format("prompt"), begins[b].format("answer")
+            prompt = begins[a].format("prompt")
+            if a != b:
+                name = {ENG: "English", DEU: "German", LIN: "Lingala"}[ENG if b == "L" else code]
+                prompt += f"\n\nAnswer in {name}."
             target = "" if a + b == "LL" else code
-            wanted[a + b, target, str(i)] = pair
+            wanted[a + b, target, str(i)] = prompt, begins[b].format("answer")
     found = {
         (e["kind"], e["target"], e["row"]): sides(e)
         for e in made.examples
@@ -100,7 +103,10 @@ def test_switched_copies_say_their_words_by_their_lexicon():
     made = of(make(WHOLE, INPUTS), "switched")
     for example in made:
         code, row = example["target"], example["row"]
-        assert example["prompt"] == f"eng prompt of de haus-{code} {row}"
+        prompt = f"eng prompt of de haus-{code} {row}"
+        if example["combination"] == "LT":
+            prompt += f"\n\nAnswer in {'German' if code == DEU else 'Lingala'}."
+        assert example["prompt"] == prompt
         assert (example["replaced"], example["lexicon"]) == (2, f"{code}.tsv")
         own = f"eng answer of the house {row}"
         assert example["answer"] == (
@@ -113,7 +119,16 @@ def test_switched_copies_say_their_words_by_their_lexicon():
     both = dataclasses.replace(WHOLE, switched_from=("TL",), switched_sides="both")
     made = make(both, dataclasses.replace(INPUTS, lexicons=LEXICONS | back))
     one = next(e for e in of(made, "switched") if e["target"] == DEU and e["row"] == "3")
-    assert sides(one) == ("ger task 3", "eng answer of de haus-deu_Latn 3") and one["replaced"] == 4
+    answer = "eng answer of de haus-deu_Latn 3"
+    assert sides(one) == ("ger task 3\n\nAnswer in English.", answer) and one["replaced"] == 4
+
+
+def test_the_language_of_an_answer_is_asked_for_as_the_template_says():
+    plain = dataclasses.replace(WHOLE, crossed_prompt="{prompt}")
+    prompts = {e["prompt"] for kind in ("LT", "TL") for e in of(make(plain, INPUTS), kind)}
+    rows = {text for row in INPUTS.rows for text in (row.texts["prompt"],)}
+    rows |= {t["prompt"] for row in INPUTS.rows for t in row.translations.values()}
+    assert prompts == rows
 
 
 def test_parallel_sentences_become_translations_both_ways_and_completions():
@@ -508,6 +523,7 @@ def test_rows_and_translations_are_read_and_what_fails_is_a_reject(tmp_path):
         ({"tt": -1.0}, {}, "config.transfer.tt is -1.0; it must be 0"),
         ({"answers": "reference", "answer_filter": "exact"}, {}, "'none' where answers are not"),
         ({"prefix": (0.9, 0.1)}, {}, "the lower first"),
+        ({"crossed_prompt": "in {language}"}, {}, r"crossed_prompt is .* a text with \{prompt\}"),
         ({"translation_prompt": "{text}"}, {}, r"translation_prompt is .* a text with \{source\}"),
         ({"completion_prompt": "{"}, {}, "completion_prompt"),
         ({"switched_from": ("XX",)}, {}, "some of LL, LT, TL, TT"),

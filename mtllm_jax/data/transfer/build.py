@@ -205,6 +205,12 @@ def _combined(
             elif kind == "switched" and not _switch(config, inputs, example):
                 made.dropped.append(_note(example, "no word was replaced"))
             else:
+                if example["prompt_language"] != example["answer_language"]:
+                    language = LANGUAGES[example["answer_language"]].name
+                    prompt = example["prompt"]
+                    example["prompt"] = config.crossed_prompt.format(
+                        prompt=prompt, language=language
+                    )
                 yield example, (*own, *said)
 
 
