@@ -489,4 +489,7 @@ WORK: dict[str, Callable[[Any], Work]] = {
 }
 
 if __name__ == "__main__":
+    from mtllm_jax.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as every tool of launch/ does
     serve(WORK)

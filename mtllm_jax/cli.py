@@ -25,6 +25,7 @@ from etils import epath
 from ml_collections import config_dict, config_flags
 
 from mtllm_jax import distributed
+from mtllm_jax.allocator import keep_freed_memory
 from mtllm_jax.config import MTLLM, SDRRL
 from mtllm_jax.interrupt import (
     Interrupted,
@@ -108,6 +109,7 @@ def run_main(
     traceback. One of several processes that ends early ends the others with its code; 1 where
     another has died.
     """
+    keep_freed_memory()
     quiet()
     raise_on_signal()
     try:

@@ -26,6 +26,10 @@ import pytest
 import reduced
 from filelock import FileLock
 
+from mtllm_jax.allocator import keep_freed_memory
+
+keep_freed_memory()
+
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # [B, S] + [S] is a mistake here until someone writes it out.
