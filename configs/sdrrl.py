@@ -52,7 +52,7 @@ def mini() -> c.SDRRL:
             targets=TARGETS,
             # What so small a model knows by heart it loses when it learns anything else: most of
             # what it is trained on are its own answers in English.
-            ll=40.0,
+            ll=50.0,
             lt=0.25,
             tl=0.25,
             switched=0.25,
@@ -88,12 +88,12 @@ def mini() -> c.SDRRL:
         ),
         mini_llama=c.MiniLlama(
             training=c.Training(
-                steps=1700,
+                steps=2400,
                 batch_rows=16,
                 learning_rate=4e-3,
                 target_length=64,
                 adam_b2=0.98,
-                checkpoint_every=425,
+                checkpoint_every=600,
             ),
             vocab_size=4000,
             width=128,
