@@ -28,7 +28,8 @@ def trained_on(run: Path) -> pd.DataFrame:
         dropped = sum(sum(kinds.values()) for kinds in found["dropped"].values())
         system = shown.system_name(manifest.parent.name)
         lines.append({"system": system} | found["counts"] | {"dropped": dropped})
-    return pd.DataFrame(lines).fillna(0)
+    counts = pd.DataFrame(lines).set_index("system").fillna(0)
+    return counts.astype(int).reset_index()
 
 
 def judged(results: Mapping[str, Any]) -> list[str]:
