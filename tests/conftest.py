@@ -21,6 +21,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import pytest
 import reduced
@@ -29,6 +30,9 @@ from filelock import FileLock
 from mtllm_jax.allocator import keep_freed_memory
 
 keep_freed_memory()
+# How long an example takes says what else the machine does.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 

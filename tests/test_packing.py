@@ -32,7 +32,7 @@ def some_sizes(streams):
     return st.lists(one, min_size=1, max_size=90)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from([STREAMS, ("source",), ("target",)]), st.booleans())
 def test_rows_hold_every_text_once_and_nothing_else(data, streams, packing):
     texts = texts_of(data.draw(some_sizes(streams)), streams)
@@ -66,7 +66,7 @@ def test_rows_hold_every_text_once_and_nothing_else(data, streams, packing):
     assert rows.counts == Counts(texts=len(texts), rows=len(rows), tokens=used)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(some_sizes(("source",)))
 def test_of_one_stream_the_longest_come_first_each_into_the_first_row_with_room(sizes):
     """First fit decreasing, done by hand for the rows that are there at the beginning."""
@@ -153,7 +153,6 @@ def test_no_texts_are_refused():
         pack([], LENGTHS, PAD_IDS)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 150), min_size=1, max_size=6), st.integers(0, 3))
 def test_padded(sizes, spare):
     texts = [np.arange(100 * i, 100 * i + size) for i, size in enumerate(sizes, 1)]
