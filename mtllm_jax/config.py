@@ -936,13 +936,15 @@ class OwnText:
     lexicons: str = ""  # folder of word lists of the source and each target, GATITOS' or MUSE's
     parallel: Literal["", "ntrex", "seed", "tatoeba"] = ""  # corpus of sentences in both languages
     parallel_data: str = ""  # folder of its files, a clone of its repository
+    # Files or folders of published evaluations: what says one of their texts is not trained on.
+    evaluations: tuple[str, ...] = ()
     # Sentences that are not trained on: without `tests` the systems are compared by how likely
     # they find those.
     held_out_pairs: int = 100
 
     def check(self) -> None:
-        others = self.tests or self.lexicons or self.parallel
-        allowed = "a file of instructions where own.tests, lexicons or parallel is given"
+        others = self.tests or self.lexicons or self.parallel or self.evaluations
+        allowed = "a file of instructions where another field of own names something"
         require(bool(self.prompts) or not others, "own.prompts", self.prompts, allowed)
         allowed = "the folder of own.parallel, and empty without one"
         given = bool(self.parallel_data)

@@ -11,6 +11,7 @@ from pathlib import Path
 from mtllm_jax.config import SDRRL, naming, require
 from mtllm_jax.data import formats
 from mtllm_jax.data.files import ROW_SUFFIXES, cell_value, check_columns
+from mtllm_jax.data.transfer.held_out import read_texts
 from mtllm_jax.data.transfer.lexicon import Lexicon, read_lexicon
 from mtllm_jax.data.transfer.parallel import Pair, read_parallel
 from mtllm_jax.data.transfer.rows import read_rows
@@ -38,7 +39,9 @@ def read_own(config: SDRRL) -> Material:
     lines: list[Row] = []
     if own.parallel:
         parallel, lines = _read_parallel(config)
-    return Material(prompts, tests, lexicons, parallel, lines, rejects)
+    with naming("own.evaluations"):
+        evaluations = [text for place in own.evaluations for text in read_texts(place)]
+    return Material(prompts, tests, lexicons, parallel, lines, rejects, evaluations)
 
 
 def _read_prompts(config: SDRRL) -> tuple[list[Row], list[Row]]:

@@ -190,18 +190,26 @@ def idle_fields(config: SDRRL, given: Sequence[str]) -> str:
         reasons["on_policy"] = "config.systems does not have it"
     if config.trained == "all":
         reasons["lora"] = "config.trained is 'all'"
-    if not config.transfer.completion:
-        reasons["transfer.completion_prompt"] = "config.transfer.completion is 0"
-        reasons["transfer.prefix"] = "config.transfer.completion is 0"
-    if not config.transfer.translation:
-        reasons["transfer.translation_prompt"] = "config.transfer.translation is 0"
-    crossed = {"LT", "TL"} & set(config.transfer.switched_from) if config.transfer.switched else ()
-    if not (config.transfer.lt or config.transfer.tl or crossed):
-        reasons["transfer.crossed_prompt"] = "no row is in two languages"
-    if not config.transfer.switched:
-        switching = ("transfer.switched_from", "transfer.switched_sides", "transfer.switch_rate")
-        reasons |= dict.fromkeys(switching, "config.transfer.switched is 0")
+    reasons |= _idle_of_sets(config)
     if config.answering.temperature == 0:
         reasons |= dict.fromkeys(("answering.top_k", "answering.top_p"), "answers are not drawn")
     reasons["transfer.least_similarity"] = "config.transfer.answer_filter is not 'similarity'"
     return idle_sentence(reasons, given)
+
+
+def _idle_of_sets(config: SDRRL) -> dict[str, str]:
+    """The fields that are about rows which no system has, no baseline either."""
+    made = config.sets.values()
+    kinds = ("switched", "translation", "completion")
+    switched, translation, completion = (any(getattr(one, kind) for one in made) for kind in kinds)
+    crossed = switched and {"LT", "TL"} & {*config.transfer.switched_from}
+    is_read = {
+        **dict.fromkeys(("switched_from", "switched_sides", "switch_rate"), switched),
+        "crossed_prompt": crossed or any(one.lt or one.tl for one in made),
+        "parallel_pairs": translation or completion,
+        "translation_prompt": translation,
+        "completion_prompt": completion,
+        "prefix": completion,
+    }
+    told = "config.systems has none with such rows"
+    return {f"transfer.{name}": told for name, is_used in is_read.items() if not is_used}

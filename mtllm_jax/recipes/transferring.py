@@ -36,7 +36,8 @@ class Material:
     prompts: instructions in the resource-rich language, with "id", "prompt" and, if all have one,
     "reference". tests: held-out ones in all languages, with "language" too. lexicons, parallel: as
     of `transfer.build.Inputs`. lines: where there are no tests, held-out sentences with "id",
-    "language" and "text". rejects: rows of the user's file that cannot be used.
+    "language" and "text". rejects: rows of the user's file that cannot be used. evaluations: texts
+    that the systems may be asked elsewhere.
     """
 
     prompts: Sequence[Row]
@@ -45,21 +46,18 @@ class Material:
     parallel: Mapping[str, Sequence[Pair]]
     lines: Sequence[Row] = ()
     rejects: Sequence[Row] = ()
+    evaluations: Sequence[str] = ()
 
     def columns(self, sets: Iterable[TransferSet]) -> tuple[str, ...]:
         """The texts of a prompt that has been answered, that these sets are made of translations
-        of."""
+        of: no row is lost by a translation that nothing is made of."""
         wanted = {made.answers for made in sets if made.translates}
-        there = [
-            *(["reference"] if "reference" in self.prompts[0] else []),
-            *(["rewritten"] if "rewritten" in wanted else []),
-        ]
-        return ("prompt", "answer", *there)
+        return ("prompt", *(name for name in rows.ANSWERS if name in wanted))
 
     def held_out(self) -> HeldOut:
         """What nothing is trained on that says it."""
         lines = (row["text"] for row in self.lines)
-        return HeldOut([*(row["prompt"] for row in self.tests), *lines])
+        return HeldOut([*(row["prompt"] for row in self.tests), *lines, *self.evaluations])
 
 
 def embedded(config: SDRRL, instructions: Instructions) -> Material:

@@ -131,6 +131,16 @@ def test_tests_take_the_place_of_held_out_sentences(folder, tmp_path):
     assert not own.lines and len(own.parallel[FRA]) == 40
 
 
+def test_texts_of_evaluations_are_held_out(folder, tmp_path):
+    first, second, third, *_ = (row["prompt"] for row in read_inputs(config(folder)).own.prompts)
+    (tmp_path / "flores.dev").write_text(f"{first.upper()}\n")
+    write_rows(tmp_path / "rows.jsonl", [{"question": second, "choices": ["yes"]}])
+    own = read_inputs(config(folder, {"evaluations": (str(tmp_path),)})).own
+    held_out = own.held_out()
+    assert held_out.holds(first) and held_out.holds(second) and not held_out.holds(third)
+    assert held_out.holds(own.lines[0]["text"])
+
+
 # ---------------------------------------------------------------- the door
 
 
@@ -150,6 +160,7 @@ def refused(given):
         ({"parallel": "", "parallel_data": ""}, "config.own.tests is ''"),
         ({"held_out_pairs": 40}, "config.own.held_out_pairs is 40; it must be below 40"),
         ({"held_out_pairs": 0}, "config.own.held_out_pairs is 0"),
+        ({"evaluations": ("NO",)}, "config.own.evaluations: NO does not exist"),
         ({"lexicons": ""}, "config.transfer.switched is 1.0; it must be 0 where"),
     ],
 )

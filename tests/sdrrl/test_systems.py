@@ -12,6 +12,7 @@ from rich.console import Console
 from configs.sdrrl import RECIPES, mini
 from mtllm_jax.config import SDRRL_SYSTEMS, OnPolicy
 from mtllm_jax.recipes.sdrrl_inputs import idle_fields, read_inputs
+from mtllm_jax.recipes.transferring import Material
 from mtllm_jax.report import SYSTEM_NOTES
 from mtllm_jax.results import SYSTEM_NAMES, chrf_tables, results_table
 
@@ -96,6 +97,20 @@ def test_what_a_system_alone_reads_is_idle_without_it():
     assert not without.translates and "mini_nllb.training" not in without.stages()
     assert "config.mini_nllb.width" in idle_fields(without, ["mini_nllb.width"])
     assert with_systems("base", "cross_lingual").translates
+    given = ["transfer.translation_prompt", "transfer.parallel_pairs"]
+    untaught = with_transfer(translation=0.0)
+    assert all(f"config.{name}" in idle_fields(untaught, given) for name in given)
+    asked = dataclasses.replace(untaught, systems=("cross_lingual", "sdrrl"))
+    assert idle_fields(asked, given) == ""
+
+
+def test_what_is_translated_is_what_some_system_learns():
+    def columns(*systems):
+        return Material((), (), {}, {}).columns(with_systems(*systems).sets.values())
+
+    assert columns(*mini().systems) == ("prompt", "answer", "reference")
+    assert columns("base", "sft", "sdrrl", "on_policy") == ("prompt", "answer")
+    assert columns("base", "t_sft") == ("prompt", "reference")
 
 
 def test_tables_of_many_systems_are_cut_to_the_width():

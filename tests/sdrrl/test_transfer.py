@@ -17,7 +17,7 @@ from mtllm_jax.config import COMBINATIONS, SDRRL_PARTS, TransferSet
 from mtllm_jax.data.formatting import prose
 from mtllm_jax.data.transfer import build
 from mtllm_jax.data.transfer.build import Inputs, Transfer, make
-from mtllm_jax.data.transfer.held_out import HeldOut, normalised, read_texts, texts_of
+from mtllm_jax.data.transfer.held_out import HeldOut, normalised, read_texts
 from mtllm_jax.data.transfer.lexicon import Lexicon, lexicon_of, read_lexicon, switch
 from mtllm_jax.data.transfer.parallel import Pair, cut, read_parallel
 from mtllm_jax.data.transfer.rows import (
@@ -256,6 +256,12 @@ def test_held_out_texts_and_their_translations_are_left_out_and_counted():
     assert {k: whole[k] - made.counts[k] for k in whole} == dict(counts)
 
 
+def test_a_switched_copy_that_says_what_is_held_out_is_left_out():
+    held_out = HeldOut(["eng prompt of de haus-deu_Latn 2"])
+    made = make(WHOLE, dataclasses.replace(INPUTS, held_out=held_out))
+    assert made.dropped_counts == {"held out for evaluation": {"switched": 2}}  # of LL and of LT
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40), st.text(max_size=10))
 def test_equal_is_what_differs_in_case_blanks_and_punctuation_alone(text, other):
@@ -286,8 +292,6 @@ def test_texts_to_hold_out_come_from_files_of_any_kind(tmp_path):
     assert HeldOut(read_texts(tmp_path / "a.jsonl")).holds("three")
     long = "this line is long enough to be known by"
     assert HeldOut([long]).holds(f"Please read:\n{long}.\nThanks") and not held.holds("hm\none")
-    rows = [{"id": "7", "label": "x", "text": "a", "choices": ["b", "c"]}]
-    assert list(texts_of(rows)) == ["a", "b", "c"]
     with pytest.raises(ValueError, match="does not exist"):
         list(read_texts(tmp_path / "no"))
 
@@ -563,6 +567,17 @@ def test_a_folder_is_whole_says_what_it_is_and_is_opened_again(tmp_path, monkeyp
         Transfer(folder)
     with pytest.raises(ValueError, match="holds no transfer set"):
         Transfer(tmp_path)
+
+
+def test_the_page_shows_each_kind_where_not_all_examples_have_room(monkeypatch):
+    made = make(WHOLE, INPUTS)
+    kinds = {(e["kind"], e["combination"], e["target"]) for e in made.examples}
+    monkeypatch.setattr(build, "_MOST_SHOWN", len(kinds))
+    config = dataclasses.asdict(WHOLE)
+    manifest = {"examples": 1, "counts": {}, "dropped": {}, "made_from": {"config": config}}
+    page = build.sample_page(made, manifest)
+    assert page.count("<article>") == len(kinds)
+    assert all(f"<p>{kind}" in page for kind, _, _ in kinds)
 
 
 def test_nothing_is_left_of_a_set_that_cannot_be_written(tmp_path, monkeypatch):

@@ -205,13 +205,15 @@ def _combined(
             elif kind == "switched" and not _switch(config, inputs, example):
                 made.dropped.append(_note(example, "no word was replaced"))
             else:
+                # What words were put in may be held out too.
+                all_texts = (*own, *said, example["prompt"], example["answer"])
                 if example["prompt_language"] != example["answer_language"]:
                     language = LANGUAGES[example["answer_language"]].name
                     prompt = example["prompt"]
                     example["prompt"] = config.crossed_prompt.format(
                         prompt=prompt, language=language
                     )
-                yield example, (*own, *said)
+                yield example, all_texts
 
 
 def _pair_example(
@@ -426,7 +428,9 @@ def sample_page(made: Made, manifest: Mapping[str, Any]) -> str:
     for example in made.examples:
         key = example["kind"], example["combination"], example["target"]
         shown.setdefault(key, []).append(example)
-    some = [example for _, found in sorted(shown.items()) for example in found[:_SHOWN]]
+    # Where not all have room, each kind has its first before any has its second.
+    places = sorted((i, key) for key, found in shown.items() for i in range(len(found[:_SHOWN])))
+    some = [shown[key][i] for key, i in sorted((key, i) for i, key in places[:_MOST_SHOWN])]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(mtllm_jax.__file__).parent / "templates"),
         autoescape=True,
@@ -436,9 +440,7 @@ def sample_page(made: Made, manifest: Mapping[str, Any]) -> str:
     )
     template = environment.get_template("transfer.html.j2")
     config = manifest["made_from"]["config"]
-    return template.render(
-        manifest=manifest, examples=some[:_MOST_SHOWN], config=config, languages=LANGUAGES
-    )
+    return template.render(manifest=manifest, examples=some, config=config, languages=LANGUAGES)
 
 
 class Transfer(Sequence[Example]):

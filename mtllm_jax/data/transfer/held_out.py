@@ -68,14 +68,6 @@ def _digest(form: str) -> bytes:
     return hashlib.blake2b(form.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def texts_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """All texts of rows, such as those of `benchmarks.read_benchmark`, but what they are called."""
-    for row in rows:
-        for name, cell in row.items():
-            if name not in ("id", "language", "label"):
-                yield from _strings(cell)
-
-
 def read_texts(path: str | Path) -> Iterator[str]:
     """All texts of a file, or of the files below a folder: cells of .jsonl, .csv, .tsv and
     .parquet, lines of others. ValueError for what is not there or cannot be read."""
