@@ -140,15 +140,19 @@ def seeds_text(results: Mapping[str, Any]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(seed) for seed in seeds)}"
 
 
-def next_steps(run_folder: Path, recipe: str = "mtllm") -> list[tuple[str, str]]:
-    """What one can do with a finished run: (aim, what to open or type)."""
+def next_steps(
+    run_folder: Path, recipe: str = "mtllm", systems: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """What one can do with a finished run: (aim, what to open or type). systems: those of SDRRL."""
     train = "python launch/train.py --config="
     if recipe == "sdrrl":
-        model = f"{run_folder}/sdrrl/model"
+        trained = [name for name in (*systems, "sdrrl") if name in systems and name != "base"]
+        tuned = trained[-1] if trained else "SYSTEM"
+        model = f"{run_folder}/{tuned}/model"
         return [
             ("report", f"{run_folder}/report.html"),
             ("answers", f"{run_folder}/predictions/*.jsonl"),
-            ("trained on", f"{run_folder}/transfer/sdrrl/sample.html"),
+            ("trained on", f"{run_folder}/transfer/{tuned}/sample.html"),
             ("ask", f"python launch/generate.py --model={model} --input=FILE --output=FILE"),
             ("benchmark", f"python launch/evaluate.py --model={model} --task=NAME --data=DIR"),
             ("other seed", f"{train}{run_folder}/config.json --workdir=NEW --config.seed=1"),
@@ -192,7 +196,9 @@ def results_table(
     # Commands stay on one line however long they are: they are there to be copied.
     steps = [
         Text(f"  {aim:<11} {command}", no_wrap=True, overflow="ignore")
-        for aim, command in next_steps(run_folder, results.get("recipe", "mtllm"))
+        for aim, command in next_steps(
+            run_folder, results.get("recipe", "mtllm"), [*results.get("systems", ())]
+        )
     ]
     return Group(*parts, *_notes(results), Text(), Text("What next", style="bold"), *steps)
 

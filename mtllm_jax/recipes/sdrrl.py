@@ -32,6 +32,7 @@ from mtllm_jax.recipes.tuning import tune
 from mtllm_jax.report import write_report
 from mtllm_jax.results import bits_tables, chrf_tables, next_steps, results_table, system_name
 from mtllm_jax.runfolder import RunFolder, is_remote, read_jsonl, write_jsonl
+from mtllm_jax.sampling import Sampling
 from mtllm_jax.schema import to_dict
 from mtllm_jax.watch import Watch
 
@@ -134,7 +135,7 @@ def run(config: SDRRL, inputs: Inputs, folder: RunFolder, console: Console, watc
         "examples": ", ".join(f"{system_name(name)} {len(sets[name])}" for name in sets),
         "gains": " ".join(results["gains"]),
     }
-    steps = next_steps(Path(folder.path), config.recipe)
+    steps = next_steps(Path(folder.path), config.recipe, config.systems)
     tables = [*chrf_tables(results), *bits_tables(results)]
     write_report(folder.path, results, to_dict(config), curves, facts, tables, steps)
     console.print(results_table(results, folder.path, console.width))
@@ -155,11 +156,15 @@ def _name_pairs(config: SDRRL, instructions: Instructions) -> list[mini_models.P
 def _asked(
     job: Job[SDRRL], prompts: epath.Path, material: Material, models: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What the systems answer to the test rows, in results.json's terms."""
+    """What the systems answer to the test rows, in results.json's terms: always their likeliest
+    token, so that no lot decides between them."""
+    penalty = job.config.answering.repetition_penalty
+    likeliest = Sampling(temperature=0.0, repetition_penalty=penalty)
     said = {}
     for name in job.config.systems:
         file = job.run.path / "predictions" / f"{name}.jsonl"
-        said[name] = _said(material, transferring.answered(job, models[name], prompts, file))
+        answers = transferring.answered(job, models[name], prompts, file, sampling=likeliest)
+        said[name] = _said(material, answers)
     return _results(job.config, said)
 
 
@@ -182,7 +187,8 @@ def _likelihoods(config: SDRRL, read: Mapping[str, pd.DataFrame]) -> dict[str, A
     """results.json but for times, from each system's rows: id, language, text, bits.
 
     Bits are those of all sentences by all their characters (Unicode code points), so that lengths
-    of tokens make no difference; what a system changes is against the LLM as it is, row by row.
+    of tokens make no difference; what a system changes is against the LLM as it is, row by row. A
+    first token that nothing stands before has no bits, whatever the system.
     """
     sizes = {name: rows.assign(size=rows["text"].str.len()) for name, rows in read.items()}
     about = ["id", "language", "size"]
@@ -304,7 +310,12 @@ def _gains(
             f"{system_name('sdrrl')} is {verdict} {system_name(other)} in the targets, row by"
             f" row: {100 * found['difference']:+.1f} points, 95 % {low:+.1f} to {high:+.1f}."
         )
-    if "base" in systems:
-        change = 100 * (systems["sdrrl"]["english"] - systems["base"]["english"])
-        said.append(f"English: {change:+.1f} points against {system_name('base')}.")
+    if "base" in systems and systems["base"]["english"] is not None:
+        in_english = [rows[rows["language"] == english] for rows in (ours, judged["base"])]
+        found = scores.compare(*in_english)
+        low, high = (100 * x for x in found["interval"])
+        said.append(
+            f"English: {100 * found['difference']:+.1f} points against {system_name('base')}, 95 %"
+            f" {low:+.1f} to {high:+.1f}."
+        )
     return said

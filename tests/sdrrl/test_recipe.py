@@ -3,19 +3,25 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import sacrebleu
 import tiny_folders
+from etils import epath
 from rich.console import Console
 
 from configs.sdrrl import mini
 from mtllm_jax.cli import of_mtllm
 from mtllm_jax.config import LoRA
-from mtllm_jax.recipes import sdrrl
+from mtllm_jax.recipes import sdrrl, transferring
 from mtllm_jax.recipes.sdrrl_inputs import idle_fields, read_inputs
-from mtllm_jax.results import chrf_tables, results_table
+from mtllm_jax.recipes.transferring import Material
+from mtllm_jax.results import chrf_tables, next_steps, results_table
+from mtllm_jax.runfolder import write_jsonl
+from mtllm_jax.sampling import Sampling
 from mtllm_jax.schema import to_dict
 
 # ---------------------------------------------------------------- the door
@@ -125,8 +131,12 @@ def test_answers_are_counted_by_language_and_measured_by_sacrebleu():
     wanted = sacrebleu.sentence_chrf("Yen", ["Japanischer Yen"]).score / 100
     assert base["chrf"]["languages"]["deu_Latn"] == pytest.approx((wanted + 1) / 2)
     assert base["chrf"]["english"] < 1 and "nc:6" in results["chrf"]
-    assert any("+50.0 points against LLM as it is" in note for note in results["gains"])
+    told = "English: +50.0 points against LLM as it is, 95 % +0.0 to +100.0."
+    assert told in results["gains"]
     json.dumps(results, allow_nan=False)
+    foreign = {name: rows[rows["language"] != "eng_Latn"] for name, rows in said.items()}
+    found = sdrrl._results(mini(), foreign)
+    assert found["gains"] and not any("English" in note for note in found["gains"])
 
 
 def test_the_table_has_both_measures_and_says_what_is_not_gained():
@@ -143,3 +153,24 @@ def test_the_table_has_both_measures_and_says_what_is_not_gained():
     assert "SDRRL is not told apart from T-SFT in the targets, row by row: +0.0 points" in text
     assert "launch/generate.py --model=RUN/sdrrl/model" in text
     assert "predict.py" not in text
+    steps = dict(next_steps(Path("RUN"), "sdrrl", ("base", "sft", "t_sft")))
+    assert "RUN/t_sft/model" in steps["ask"] and "RUN/transfer/t_sft/" in steps["trained on"]
+
+
+def test_test_rows_are_answered_by_the_likeliest_tokens(monkeypatch, tmp_path):
+    asked = {}
+
+    def answered(job, folder, prompts, file, *, sampling):
+        asked[folder] = sampling
+        write_jsonl(epath.Path(file), [row | {"answer": "Yen"}])
+        return file
+
+    row = {"id": "a", "language": "deu_Latn", "prompt": "Japan", "reference": "Yen"}
+    monkeypatch.setattr(transferring, "answered", answered)
+    config = with_answering(temperature=0.9, repetition_penalty=1.1)
+    (tmp_path / "predictions").mkdir()
+    job = SimpleNamespace(config=config, run=SimpleNamespace(path=tmp_path))
+    models = {name: name for name in config.systems}
+    results = sdrrl._asked(job, None, Material((), [row], {}, {}), models)
+    assert set(asked) == set(config.systems) == set(results["systems"])
+    assert set(asked.values()) == {Sampling(temperature=0.0, repetition_penalty=1.1)}
