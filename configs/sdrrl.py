@@ -143,7 +143,7 @@ def llama2_7b() -> c.SDRRL:
         answering=c.Answering(template="alpaca", max_new_tokens=512),  # [fallback]
         translating=c.Translating(num_beams=4, max_new_tokens=512),  # [ours]
         training=c.Training(
-            steps=1200,  # [ours]: three epochs [fallback] of some 51,200 rows
+            steps=1200,  # [ours]: as many as three epochs [fallback] of 51,200 rows are
             batch_rows=128,  # [fallback]
             learning_rate=2e-5,  # [fallback]
             target_length=1024,  # [fallback]

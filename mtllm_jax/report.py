@@ -59,10 +59,11 @@ SYSTEM_NOTES = {
     "cross_lingual": "The LLM tuned on both of these and on translation.",
     "sdft": "The LLM tuned on instructions and reference answers in English that it has put in its "
     "own words.",
-    "sdrrl": "The LLM tuned on its own answers, in English and translated, in all combinations of "
-    "languages, with code-switched copies and translation tasks.",
-    **{f"{WITHOUT}{part}": "The same without one of its parts." for part in SDRRL_PARTS},
-    f"{WITHOUT}own_answers": "The same with reference answers in the place of its own.",
+    "sdrrl": "The LLM tuned on its own answers in English and, as far as config.transfer says, on "
+    "what is made of them, translations in all combinations of languages and code-switched copies, "
+    "and on translation and completion.",
+    **{f"{WITHOUT}{part}": "As SDRRL, without one of its parts." for part in SDRRL_PARTS},
+    f"{WITHOUT}own_answers": "As SDRRL, with reference answers in the place of its own.",
     "on_policy": "SDRRL's LLM, drawn to what it says itself, token by token of its own answers in "
     "the targets, where it is given the English instruction too.",
 }
