@@ -7,7 +7,6 @@ head. Figures are those of results.json: how many held-out instructions each sys
 or, on own text without any, how likely held-out sentences are to it.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 from dated import page, table, write
-from study import PACKAGES, by_language, percent, stages
+from study import PACKAGES, by_language, opened, percent, stages
 
 from mtllm_jax import results as shown
 
@@ -71,14 +70,8 @@ def read(results: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     """Write the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("name")
-    parser.add_argument("--title", required=True)
-    parser.add_argument("--command", required=True)
-    options = parser.parse_args()
+    options, results = opened(__doc__)
     run: Path = options.run
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     parts = [*results["gains"], *(judged(results) or read(results))]
     parts += [
         f"Peak memory {results['peak_memory_gb']:.1f} GB.",

@@ -111,16 +111,21 @@ def stages(run: Path, seconds: dict[str, float]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def main() -> None:
-    """Write the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def opened(description: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags of a script that makes a page of a run, and the run's results."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     parser.add_argument("--title", required=True)
     parser.add_argument("--command", required=True)
     options = parser.parse_args()
+    return options, json.loads((options.run / "results.json").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Write the file."""
+    options, results = opened(__doc__)
     run: Path = options.run
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     cost, tests = results.get("cost", {}), shown.tests_of(results)
     parts = [
         f"Task: {results['task']}. Accuracy in %, {shown.seeds_text(results)}; ± and intervals are"

@@ -41,6 +41,32 @@ _FIELDS = {
     **{f"{stage}.checkpoint_every": 10 for stage in _TRAINED},
 }
 
+# SDRRL's default made small, for `flags`.
+SDRRL = {
+    "transfer.targets": "deu_Latn,jpn_Jpan",
+    "train_instructions": 24,
+    "test_instructions": 6,
+    "mini_nllb.vocab_size": 2500,
+    "mini_nllb.width": 32,
+    "mini_nllb.ffn_width": 64,
+    "mini_nllb.encoder_layers": 1,
+    "mini_nllb.decoder_layers": 1,
+    # So many that it says something.
+    "mini_nllb.training.steps": 120,
+    "mini_nllb.training.learning_rate": 0.01,
+    "mini_llama.vocab_size": 1500,
+    "mini_llama.width": 32,
+    "mini_llama.ffn_width": 64,
+    "mini_llama.num_layers": 1,
+    "mini_llama.training.steps": 40,
+    "training.steps": 10,
+    "training.checkpoint_every": 5,
+    "answering.max_new_tokens": 8,
+    "answering.batch_rows": 16,
+    "translating.max_new_tokens": 8,
+    "translating.batch_rows": 16,
+}
+
 TRAIN = ["Kenya\tAfrica", "Ghana and Togo\tAfrica", "Peru\tAmerica", "Cuba and Chile\tAmerica"] * 4
 TEST = [
     ("Kenya", "Africa", "eng_Latn"),
@@ -107,4 +133,15 @@ def train(*arguments: str, cwd: Path, timeout: float = 900) -> subprocess.Comple
         capture_output=True,
         text=True,
         timeout=timeout,
+    )
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """launch/plan.py with these flags."""
+    return subprocess.run(
+        [sys.executable, ROOT / "launch" / "plan.py", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )

@@ -4,14 +4,12 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import reduced
 from flax import nnx
 
 from configs.mtllm import RECIPES, llama3_8b, llama3_8b_24gb, mini
@@ -334,19 +332,9 @@ def test_times_are_those_of_the_data_sheet():
     )
 
 
-def launched(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "launch" / "plan.py", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_command_prints_and_writes_the_same_numbers(tmp_path):
     config = f"--config={ROOT}/configs/mtllm.py:llama3-8b"
-    done = launched(config, "--gpu=24", f"--json={tmp_path}/plan.json")
+    done = reduced.plan(config, "--gpu=24", f"--json={tmp_path}/plan.json")
     assert (done.returncode, done.stderr) == (0, "")
     values = json.loads((tmp_path / "plan.json").read_text())
     assert values["source"] == "analytic" and not values["fits"]
@@ -370,7 +358,7 @@ def test_the_command_prints_and_writes_the_same_numbers(tmp_path):
 )
 @pytest.mark.slow
 def test_mistakes_are_answered_in_a_sentence(arguments, message):
-    done = launched(f"--config={ROOT}/configs/mtllm.py:llama3-8b", *arguments)
+    done = reduced.plan(f"--config={ROOT}/configs/mtllm.py:llama3-8b", *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert message in done.stderr
 
@@ -400,5 +388,5 @@ def test_the_compiler_of_tpus_agrees_on_a_small_model():
     ],
 )  # fmt: skip
 def test_what_a_run_would_refuse_is_refused(arguments, sentence):
-    done = launched(f"--config={ROOT}/configs/mtllm.py:llama3-8b", "--analytic", *arguments)
+    done = reduced.plan(f"--config={ROOT}/configs/mtllm.py:llama3-8b", "--analytic", *arguments)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr

@@ -6,31 +6,6 @@ import shutil
 import pytest
 import reduced
 
-_SMALL = {
-    "transfer.targets": "deu_Latn,jpn_Jpan",
-    "train_instructions": 24,
-    "test_instructions": 6,
-    "mini_nllb.vocab_size": 2500,
-    "mini_nllb.width": 32,
-    "mini_nllb.ffn_width": 64,
-    "mini_nllb.encoder_layers": 1,
-    "mini_nllb.decoder_layers": 1,
-    # So many that it says something.
-    "mini_nllb.training.steps": 120,
-    "mini_nllb.training.learning_rate": 0.01,
-    "mini_llama.vocab_size": 1500,
-    "mini_llama.width": 32,
-    "mini_llama.ffn_width": 64,
-    "mini_llama.num_layers": 1,
-    "mini_llama.training.steps": 40,
-    "training.steps": 10,
-    "training.checkpoint_every": 5,
-    "answering.max_new_tokens": 8,
-    "answering.batch_rows": 16,
-    "translating.max_new_tokens": 8,
-    "translating.batch_rows": 16,
-}
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -43,7 +18,7 @@ def finished(tmp_path_factory):
 
 def train(folder, *flags):
     config = f"--config={reduced.ROOT}/configs/sdrrl.py"
-    return reduced.train(config, *reduced.flags(_SMALL), "--workdir=run", *flags, cwd=folder)
+    return reduced.train(config, *reduced.flags(reduced.SDRRL), "--workdir=run", *flags, cwd=folder)
 
 
 @pytest.mark.slow

@@ -148,28 +148,11 @@ def test_tables_of_many_systems_are_cut_to_the_width():
 
 # ---------------------------------------------------------------- a whole run
 
-_SMALL = {
+_SMALL = reduced.SDRRL | {
     "transfer.targets": "deu_Latn",
-    "train_instructions": 24,
-    "test_instructions": 6,
-    "mini_nllb.vocab_size": 2500,
-    "mini_nllb.width": 32,
-    "mini_nllb.ffn_width": 64,
-    "mini_nllb.encoder_layers": 1,
-    "mini_nllb.decoder_layers": 1,
-    # So many that it says something.
-    "mini_nllb.training.steps": 120,
-    "mini_nllb.training.learning_rate": 0.01,
-    "mini_llama.vocab_size": 1500,
-    "mini_llama.width": 32,
-    "mini_llama.ffn_width": 64,
-    "mini_llama.num_layers": 1,
     "mini_llama.training.steps": 80,  # so many that most answers end
     "training.steps": 5,
     "answering.max_new_tokens": 16,
-    "answering.batch_rows": 16,
-    "translating.max_new_tokens": 8,
-    "translating.batch_rows": 16,
     "on_policy.training.steps": 3,
     "on_policy.training.checkpoint_every": 2,
     "on_policy.instructions": 12,

@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
+import reduced
 from traced import products
 
 from configs.sdrrl import RECIPES, llama2_7b, mini
@@ -160,19 +158,11 @@ def test_a_recipe_is_planned_with_the_llm_it_is_named_for(recipe):
     assert found == next(sizes.LLMS[name] for name in sizes.LLMS if name.startswith(recipe))
 
 
-def launched(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "launch" / "plan.py", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_command_prints_and_writes_the_same_numbers(tmp_path):
     config = f"--config={ROOT}/configs/sdrrl.py:llama2-7b"
-    done = launched(config, "--topology=v5e:4x4", "--analytic", "--sweep", f"--json={tmp_path}/p")
+    done = reduced.plan(
+        config, "--topology=v5e:4x4", "--analytic", "--sweep", f"--json={tmp_path}/p"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     values = json.loads((tmp_path / "p").read_text())
     assert values["fits"] and values["recipe"] == "llama2-7b"
