@@ -456,7 +456,7 @@ def parse() -> argparse.Namespace:
     shapes = "the models and the work; tiny only tries the program"
     parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help=shapes)
     parser.add_argument("--only", metavar="ROW", help="one row, and those it needs")
-    parser.add_argument("--rounds", type=int, default=3, help="of both sides, 3 or more")
+    parser.add_argument("--rounds", type=int, default=5, help="of both sides, 3 or more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="results, kept row by row")
     parser.add_argument("--folder", type=Path, help="for models and caches; else a temporary one")
     parser.add_argument("--log", type=Path, help="a file for what the sides say")
