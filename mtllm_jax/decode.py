@@ -22,7 +22,7 @@ from mtllm_jax import sharding
 from mtllm_jax.config import Mesh
 from mtllm_jax.data.packing import padded
 from mtllm_jax.data.pipeline import by_length
-from mtllm_jax.models.nllb import NLLB, Cache
+from mtllm_jax.models.nllb import NLLB, Cache, DecoderLayers
 from mtllm_jax.ops.largest import argmax, top_k
 
 
@@ -60,8 +60,9 @@ def greedy_translate(
     id or [B]. Stops when all rows ended. To be called under `jax.jit`, `model` merged inside.
     """
     eos_id, pad_id = model.config.eos_id, model.config.pad_id
+    layers = model.decoder_layers()
     last_BK, cache = _start(
-        model, ids_BS, segments_BS, target_language_id, max_new_tokens + 1, 1, dtype
+        model, layers, ids_BS, segments_BS, target_language_id, max_new_tokens + 1, 1, dtype
     )
     last_B = last_BK[:, 0]
     out_BT = jnp.full((last_B.shape[0], max_new_tokens), pad_id, jnp.int32)
@@ -73,7 +74,7 @@ def greedy_translate(
 
     def one_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         index, ended_B, last_B, out_BT, cache = carry
-        h_BKE, cache = model.step(last_B[:, None], index + 1, cache)
+        h_BKE, cache = model.step(layers, last_B[:, None], index + 1, cache)
         next_B = jnp.where(ended_B, pad_id, argmax(model.logits(h_BKE[:, 0])))
         out_BT = jax.lax.dynamic_update_slice_in_dim(out_BT, next_B[:, None], index, axis=1)
         return index + 1, ended_B | (next_B == eos_id), next_B, out_BT, cache
@@ -124,8 +125,9 @@ def beam_translate(
     """
     eos_id, pad_id = model.config.eos_id, model.config.pad_id
     K, T = num_beams, max_new_tokens
+    layers = model.decoder_layers()
     last_BK, cache = _start(
-        model, ids_BS, segments_BS, target_language_id, max_new_tokens + 1, K, dtype
+        model, layers, ids_BS, segments_BS, target_language_id, max_new_tokens + 1, K, dtype
     )
     B = last_BK.shape[0]
     # All are alike at first: one alone counts.
@@ -156,7 +158,7 @@ def beam_translate(
             beams.out_BKT, jnp.maximum(index - 1, 0), axis=2, keepdims=False
         )
         ids_BK = jnp.where(index == 0, last_BK, before_BK)
-        h_BKE, cache = model.step(ids_BK, index + 1, beams.cache, beams.history_BKT)
+        h_BKE, cache = model.step(layers, ids_BK, index + 1, beams.cache, beams.history_BKT)
         # Twice as many as are kept, as each hypothesis may have one that ends.
         score_BC, parent_BC, token_BC = _best_continuations(
             beams.score_BK, model.logits(h_BKE), 2 * K
@@ -292,6 +294,7 @@ def _translated(
 
 def _start(
     model: NLLB,
+    layers: Sequence[DecoderLayers],
     ids_BS: Array,
     segments_BS: Array,
     target_language_id: int | Array,
@@ -302,7 +305,8 @@ def _start(
     """The forced language token [B, K], and the cache that holds the `</s>` before it."""
     shape = (ids_BS.shape[0], num_hypotheses)
     memory_BSE = model.encode(ids_BS, segments_BS, dtype, packed=False)
-    cache = model.start_cache(memory_BSE, segments_BS, num_inputs, num_hypotheses)
-    _, cache = model.step(jnp.full(shape, model.config.eos_id, jnp.int32), jnp.int32(0), cache)
+    cache = model.start_cache(layers, memory_BSE, segments_BS, num_inputs, num_hypotheses)
+    ends_BK = jnp.full(shape, model.config.eos_id, jnp.int32)
+    _, cache = model.step(layers, ends_BK, jnp.int32(0), cache)
     language_B = jnp.broadcast_to(jnp.asarray(target_language_id, jnp.int32), shape[:1])
     return jnp.broadcast_to(language_B[:, None], shape), cache

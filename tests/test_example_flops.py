@@ -74,11 +74,11 @@ def test_a_translation():
     def start(state, ids, segments):
         model = nnx.merge(graph, state)
         memory = model.encode(ids, segments, packed=False)
-        return model.start_cache(memory, segments, tokens + 1, K)
+        return model.start_cache(model.decoder_layers(), memory, segments, tokens + 1, K)
 
     def step(state, ids, cache):
-        h, cache = nnx.merge(graph, state).step(ids, jnp.int32(3), cache)
-        return h, cache
+        model = nnx.merge(graph, state)
+        return model.step(model.decoder_layers(), ids, jnp.int32(3), cache)
 
     text = ids(ROWS, length)
     cache = jax.eval_shape(start, state, text, text)

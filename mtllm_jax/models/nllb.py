@@ -8,8 +8,9 @@ sinusoidal; encoder, decoder and output share one embedding.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from mtllm_jax.models.layers import (
     REMAT_POLICIES,
     Attention,
     LayerNorm,
+    Linear,
     biased_linear,
     cut_off_last,
     look_up,
@@ -32,7 +34,7 @@ from mtllm_jax.models.layers import (
     scan_layers,
     split_key,
 )
-from mtllm_jax.ops.attention import attention, check_attention
+from mtllm_jax.ops.attention import check_attention
 
 _EPS = 1e-5
 _LONGEST_WAVE = 10_000.0
@@ -70,18 +72,27 @@ class NLLBConfig:
             raise ValueError(f"remat is {self.remat!r}; it may be one of {list(REMAT_POLICIES)}")
 
 
-class Cache(NamedTuple):
-    """Keys and values of every decoder layer: of the tokens so far, and of the encoder's states.
+class LayerCache(NamedTuple):
+    """Keys and values of a decoder layer: of the tokens so far, and of the encoder's states. They
+    lie as they are read, which is once for every token: keys have their features before their
+    places.
 
-    Those of a token stay in the slot, one of K, that its hypothesis had when it was read: where the
-    tokens before it lie is for `NLLB.step`'s `history_BKT` to say.
+    Of token number t the K hypotheses have places t · K … of P = T · K. Those of a token stay where
+    they were put when it was read: where the tokens before it lie is for `NLLB.step`'s
+    `history_BKT` to say.
     """
 
-    k_LBNTKH: Array
-    v_LBNTKH: Array
-    memory_k_LBSNH: Array
-    memory_v_LBSNH: Array
-    memory_segments_BS: Array
+    k_BNHP: Array
+    v_BNPH: Array
+    memory_k_BNHS: Array
+    memory_v_BNSH: Array
+
+
+class Cache(NamedTuple):
+    """Those of all layers. is_memory_BS: the encoder's positions that hold a text, bool."""
+
+    layers: tuple[LayerCache, ...]
+    is_memory_BS: Array
 
 
 class EncoderLayers(nnx.Module):
@@ -145,51 +156,52 @@ class DecoderLayers(EncoderLayers):
         return self.feed_forward(h_BTE, ffn_key)
 
     def step(
-        self, h_BKE: Array, past_BKTK: Array, cache: Cache
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """One layer (a cache without L) at one token of each hypothesis; also its key and value.
+        self,
+        h_BKE: Array,
+        index: Array,
+        is_read_BKP: Array,
+        is_memory_BS: Array,
+        cache: LayerCache,
+    ) -> tuple[Array, LayerCache]:
+        """One layer at token number `index` of each hypothesis, and the cache with that token.
 
-        past_BKTK: the tokens in the cache that each hypothesis is to read, bool.
+        is_read_BKP: the tokens in the cache that each hypothesis is to read, itself among them.
         """
+
+        def heads(block: Attention, linear: Linear, x_BKE: Array) -> Array:
+            return block.heads(linear, x_BKE).swapaxes(1, 2)
+
         block, x_BKE = self.self_attention, self.self_attention_norm(h_BKE)
-        # As the cache has them, so that what is many times their size need not be turned.
         q_BNKH, k_BNKH, v_BNKH = (
-            block.heads(linear, x_BKE).swapaxes(1, 2)
-            for linear in (block.query, block.key, block.value)
+            heads(block, linear, x_BKE) for linear in (block.query, block.key, block.value)
         )
-        read_BNKH = _read_past(q_BNKH, k_BNKH, v_BNKH, past_BKTK, cache)
+        place = index * q_BNKH.shape[2]
+        k_BNHP, v_BNPH = (
+            jax.lax.dynamic_update_slice_in_dim(whole, new, place, axis)
+            for whole, new, axis in (
+                (cache.k_BNHP, k_BNKH.swapaxes(2, 3), 3),
+                (cache.v_BNPH, v_BNKH, 2),
+            )
+        )
+        read_BNKH = _read(q_BNKH, k_BNHP, v_BNPH, is_read_BKP[:, None])
         h_BKE = h_BKE + block.out(read_BNKH.swapaxes(1, 2).reshape(h_BKE.shape))
 
         block = self.cross_attention
-        # All hypotheses read the same text: to the encoder's states they are K positions.
-        read_BKNH = attention(
-            block.heads(block.query, self.cross_attention_norm(h_BKE)),
-            cache.memory_k_LBSNH,
-            cache.memory_v_LBSNH,
-            query_segments_BT=jnp.ones(h_BKE.shape[:2], jnp.int32),
-            key_segments_BS=cache.memory_segments_BS,
-        )
-        h_BKE = h_BKE + block.out(read_BKNH.reshape(h_BKE.shape))
-        return self.feed_forward(h_BKE), (k_BNKH, v_BNKH)
+        q_BNKH = heads(block, block.query, self.cross_attention_norm(h_BKE))
+        of_text = cache.memory_k_BNHS, cache.memory_v_BNSH
+        read_BNKH = _read(q_BNKH, *of_text, is_memory_BS[:, None, None])
+        h_BKE = h_BKE + block.out(read_BNKH.swapaxes(1, 2).reshape(h_BKE.shape))
+        return self.feed_forward(h_BKE), cache._replace(k_BNHP=k_BNHP, v_BNPH=v_BNPH)
 
 
-def _read_past(
-    q_BNKH: Array, k_BNKH: Array, v_BNKH: Array, past_BKTK: Array, cache: Cache
-) -> Array:
-    """What each hypothesis reads from its own past and from the token it is at. [B, N, K, H]."""
-    B, N, K, H = q_BNKH.shape
-    q_BNKH = q_BNKH * jnp.asarray(H**-0.5, q_BNKH.dtype)
-    keys_BNPH, values_BNPH = (x.reshape(B, N, -1, H) for x in cache[:2])  # P: T × K
-    is_read_B1KP = past_BKTK.reshape(B, 1, K, -1)
-    past_BNKP = jnp.einsum("bnkh,bnph->bnkp", q_BNKH, keys_BNPH, preferred_element_type=jnp.float32)
-    past_BNKP = jnp.where(is_read_B1KP, past_BNKP, -jnp.inf)
-    own_BNK1 = jnp.sum(q_BNKH * k_BNKH, axis=-1, dtype=jnp.float32, keepdims=True)
-    weights_BNKP = jax.nn.softmax(jnp.concatenate([past_BNKP, own_BNK1], axis=-1))
-    weights_BNKP = weights_BNKP.astype(v_BNKH.dtype)
-    return (
-        jnp.einsum("bnkp,bnph->bnkh", weights_BNKP[..., :-1], values_BNPH)
-        + weights_BNKP[..., -1:] * v_BNKH
-    )
+def _read(q_BNKH: Array, k_BNHP: Array, v_BNPH: Array, is_read_BNKP: Array) -> Array:
+    """What each hypothesis reads from the places P that it may read, [B, N, K, H]."""
+    q_BNKH = q_BNKH * jnp.asarray(q_BNKH.shape[-1] ** -0.5, q_BNKH.dtype)
+    scores_BNKP = jnp.einsum("bnkh,bnhp->bnkp", q_BNKH, k_BNHP, preferred_element_type=jnp.float32)
+    # Not minus infinity: rows that only fill the batch have nothing to read.
+    scores_BNKP = jnp.where(is_read_BNKP, scores_BNKP, jnp.finfo(jnp.float32).min)
+    weights_BNKP = jax.nn.softmax(scores_BNKP).astype(v_BNPH.dtype)
+    return jnp.einsum("bnkp,bnph->bnkh", weights_BNKP, v_BNPH)
 
 
 class NLLB(nnx.Module):
@@ -278,65 +290,74 @@ class NLLB(nnx.Module):
         embedding_VE = self.embedding_VE[...].astype(h_BTE.dtype)
         return jnp.einsum("...e,ve->...v", h_BTE, embedding_VE, preferred_element_type=jnp.float32)
 
+    def decoder_layers(self) -> list[DecoderLayers]:
+        """The decoder's layers, each a module of its own, as `start_cache` and `step` take them: to
+        be made before the tokens' loop, where it would be copied for each."""
+        graph, state = nnx.split(self._decoder()[0])
+        return [
+            nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
+            for i in range(self.config.decoder_layers)
+        ]
+
     def start_cache(
         self,
+        layers: Sequence[DecoderLayers],
         memory_BSE: Array,
         memory_segments_BS: Array,
         num_tokens: int,
         num_hypotheses: int = 1,
     ) -> Cache:
         """A cache with room for `num_tokens` decoder inputs of each hypothesis; one text a row."""
-        decoder, _ = self._decoder()
-        graph, state = nnx.split(decoder.cross_attention)
 
-        def keys_and_values(layer_state: nnx.State) -> tuple[Array, Array]:
-            block = nnx.merge(graph, layer_state)
-            return block.heads(block.key, memory_BSE), block.heads(block.value, memory_BSE)
+        def of_layer(layer: DecoderLayers) -> LayerCache:
+            block = layer.cross_attention
+            k_BSNH, v_BSNH = (
+                block.heads(linear, memory_BSE) for linear in (block.key, block.value)
+            )
+            B, _, N, H = k_BSNH.shape
+            P, dtype = num_tokens * num_hypotheses, memory_BSE.dtype
+            return LayerCache(
+                k_BNHP=jnp.zeros((B, N, H, P), dtype),
+                v_BNPH=jnp.zeros((B, N, P, H), dtype),
+                memory_k_BNHS=k_BSNH.transpose(0, 2, 3, 1),
+                memory_v_BNSH=v_BSNH.swapaxes(1, 2),
+            )
 
-        memory_k_LBSNH, memory_v_LBSNH = jax.lax.map(keys_and_values, state)
-        L, B, _, N, H = memory_k_LBSNH.shape
-        empty_LBNTKH = jnp.zeros((L, B, N, num_tokens, num_hypotheses, H), memory_BSE.dtype)
-        return Cache(empty_LBNTKH, empty_LBNTKH, memory_k_LBSNH, memory_v_LBSNH, memory_segments_BS)
+        return Cache(tuple(map(of_layer, layers)), memory_segments_BS > 0)
 
     def step(
-        self, ids_BK: Array, index: Array, cache: Cache, history_BKT: Array | None = None
+        self,
+        layers: Sequence[DecoderLayers],
+        ids_BK: Array,
+        index: Array,
+        cache: Cache,
+        history_BKT: Array | None = None,
     ) -> tuple[Array, Cache]:
-        """The normalised states [B, K, E] at decoder input number `index` (from 0), and the cache.
+        """The normalised states [B, K, E] at decoder input number `index` (from 0), and the cache
+        with that input.
 
         history_BKT: the slot in the cache of each hypothesis' token at each input before `index`,
         int32; None: its own slot, as where nothing is ever dropped or doubled.
         """
-        decoder, norm = self._decoder()
-        graph, state = nnx.split(decoder)
+        _, norm = self._decoder()
         B, K = ids_BK.shape
-        T = cache.k_LBNTKH.shape[3]
+        v_BNPH = cache.layers[0].v_BNPH
+        T = v_BNPH.shape[2] // K
         slots_K = jnp.arange(K, dtype=jnp.int32)
-        if history_BKT is None:
-            history_BKT = jnp.broadcast_to(slots_K[None, :, None], (B, K, T))
-        is_past_T = (jnp.arange(T) < index)[None, None, :, None]
-        past_BKTK = is_past_T & (history_BKT[..., None] == slots_K[None, None, None])
-        h_BKE = self.embed(ids_BK, jnp.full((B, K), index, jnp.int32), cache.k_LBNTKH.dtype)
-
-        def one_layer(h_BKE: Array, layer: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
-            layer_state, k_BNTKH, v_BNTKH, memory_k_BSNH, memory_v_BSNH = layer
-            layer_cache = Cache(
-                k_BNTKH, v_BNTKH, memory_k_BSNH, memory_v_BSNH, cache.memory_segments_BS
-            )
-            return nnx.merge(graph, layer_state).step(h_BKE, past_BKTK, layer_cache)
-
-        # Layers read the cache and give back one token's keys and values, written once for all:
-        # handing whole caches through the scan would copy them at every token.
-        h_BKE, of_token = jax.lax.scan(
-            one_layer,
-            h_BKE,
-            (state, *cache[:4]),
-            unroll=self.config.decoder_layers if self.config.unroll_layers else 1,
-        )
-        k_LBNTKH, v_LBNTKH = (
-            jax.lax.dynamic_update_slice_in_dim(whole, new[:, :, :, None], index, axis=3)
-            for whole, new in zip(cache[:2], of_token, strict=True)
-        )
-        return norm(h_BKE), cache._replace(k_LBNTKH=k_LBNTKH, v_LBNTKH=v_LBNTKH)
+        own_BKT = jnp.broadcast_to(slots_K[None, :, None], (B, K, T))
+        # Each has just been put into its own slot.
+        places_T = jnp.arange(T)[None, None]
+        slot_BKT = own_BKT if history_BKT is None else history_BKT
+        slot_BKT = jnp.where(places_T == index, own_BKT, slot_BKT)
+        is_read_BKTK = slot_BKT[..., None] == slots_K[None, None, None]
+        is_read_BKTK &= (places_T <= index)[..., None]
+        read = is_read_BKTK.reshape(B, K, T * K), cache.is_memory_BS
+        h_BKE = self.embed(ids_BK, jnp.full((B, K), index, jnp.int32), v_BNPH.dtype)
+        kept = []
+        for layer, of_layer in zip(layers, cache.layers, strict=True):
+            h_BKE, with_token = layer.step(h_BKE, index, *read, of_layer)
+            kept.append(with_token)
+        return norm(h_BKE), cache._replace(layers=tuple(kept))
 
     def embed(self, ids_BT: Array, positions_BT: Array, dtype: DTypeLike) -> Array:
         """[B, T, E]: scaled embeddings plus positions, counted from 0 in each text."""
