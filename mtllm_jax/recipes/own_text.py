@@ -1,11 +1,11 @@
 """What a user brings to SDRRL beside models: instructions, word lists, a parallel corpus.
 
-What is held out is drawn by the rows' ids and `config.text_seed`, so that a sentence is in all
-languages or in none.
+What is held out is drawn by the rows' ids (or their documents') and `config.text_seed`, so that a
+sentence is in all languages or in none.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mtllm_jax.config import SDRRL, naming, require
@@ -94,25 +94,38 @@ def _read_tests(config: SDRRL) -> list[Row]:
 
 def _read_parallel(config: SDRRL) -> tuple[dict[str, list[Pair]], list[Row]]:
     """Pairs to be trained on, by target; and where there are no tests, sentences held out: id,
-    language, text."""
+    language, text. What stands in one document with these is neither."""
     own = config.own
     training: dict[str, list[Pair]] = {}
     lines: dict[tuple[str, str], Row] = {}
     for code in config.languages:
         with naming("own.parallel_data"):
             pairs = read_parallel(own.parallel, own.parallel_data, config.english, code)
-        held: set[str] = set()
+        held, near = set[str](), set[str]()
         if not own.tests:
-            held = _drawn((pair.id for pair in pairs), own.held_out_pairs, config.text_seed)
-            allowed = f"below {len(pairs)}, the pairs of {code}"
-            count = own.held_out_pairs
-            require(count < len(pairs), "own.held_out_pairs", count, allowed)
-        training[code] = [pair for pair in pairs if pair.id not in held]
+            held, near = _held_out(pairs, own.held_out_pairs, config.text_seed)
+            allowed = f"below the {len(pairs)} pairs of {code}, with documents held out whole"
+            require(len(near) < len(pairs), "own.held_out_pairs", own.held_out_pairs, allowed)
+        training[code] = [pair for pair in pairs if pair.id not in near]
         for pair in pairs:
             if pair.id in held:
                 for there, text in ((config.english, pair.source), (code, pair.target)):
                     lines[pair.id, there] = {"id": pair.id, "language": there, "text": text}
     return training, list(lines.values())
+
+
+def _held_out(pairs: Sequence[Pair], count: int, seed: int) -> tuple[set[str], set[str]]:
+    """Ids of so many, document by document, and of all that stand in these documents: a sentence is
+    likelier to who has read its neighbours."""
+
+    def whole(pair: Pair) -> str:
+        return pair.document or pair.id
+
+    ordered = sorted(pairs, key=lambda pair: (stage_seed(seed, whole(pair)), whole(pair)))
+    held = ordered[:count]
+    documents = {whole(pair) for pair in held}
+    near = {pair.id for pair in pairs if whole(pair) in documents}
+    return {pair.id for pair in held}, near
 
 
 def _drawn(ids: Iterable[str], count: int, seed: int) -> set[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,25 @@ def test_a_sentence_is_held_out_in_all_languages_or_in_none(folder):
     assert {line["id"] for line in other.lines} != set(held[ENG])
 
 
+def test_nothing_of_a_document_that_is_held_out_is_trained_on(folder, tmp_path):
+    corpus = shutil.copytree(folder / "ntrex", tmp_path / "ntrex")
+    documents = [f"paper.{i // 7}" for i in range(40)]  # five of seven sentences and one of five
+    (corpus / "DOCUMENT_IDS.tsv").write_text("\n".join(documents) + "\n")
+    own = read_inputs(config(folder, {"parallel_data": str(corpus)})).own
+
+    def of(id_):
+        return documents[int(id_.split(":")[1]) - 1]
+
+    held = {line["id"] for line in own.lines}
+    assert len(held) == 10
+    for code in (FRA, WOL):
+        learnt = {of(pair.id) for pair in own.parallel[code]}
+        assert learnt == set(documents) - set(map(of, held)) and len(learnt) == 4
+    (corpus / "DOCUMENT_IDS.tsv").write_text("paper.1\n")
+    with pytest.raises(ValueError, match=r"DOCUMENT_IDS\.tsv has 1 lines; there are 40 sentences"):
+        read_inputs(config(folder, {"parallel_data": str(corpus)}))
+
+
 def test_rows_that_cannot_be_used_are_told(folder, tmp_path):
     rows = [{"prompt": "Greet."}, {"prompt": " "}, {"prompt": "Count.", "id": "1"}, {"prompt": "A"}]
     prompts = write_rows(tmp_path / "prompts.jsonl", rows)
@@ -158,7 +178,10 @@ def refused(given):
         ({"prompts": ""}, "config.own.prompts is ''"),
         ({"parallel_data": ""}, "config.own.parallel_data is ''"),
         ({"parallel": "", "parallel_data": ""}, "config.own.tests is ''"),
-        ({"held_out_pairs": 40}, "config.own.held_out_pairs is 40; it must be below 40"),
+        (
+            {"held_out_pairs": 40},
+            "config.own.held_out_pairs is 40; it must be below the 40 pairs of fra_Latn",
+        ),
         ({"held_out_pairs": 0}, "config.own.held_out_pairs is 0"),
         ({"evaluations": ("NO",)}, "config.own.evaluations: NO does not exist"),
         ({"lexicons": ""}, "config.transfer.switched is 1.0; it must be 0 where"),
