@@ -13,12 +13,12 @@ from flax import nnx
 from mtllm_jax import sharding
 from mtllm_jax.chips import Machine
 from mtllm_jax.config import SDRRL
-from mtllm_jax.flops import Batch, Flops, tuning_flops
+from mtllm_jax.flops import Flops
 from mtllm_jax.metrics import number
 from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.models.quantised import in_dtype
 from mtllm_jax.ops.layout import ways
-from mtllm_jax.ops.vocab_loss import logits_of_position, positions_at_once
+from mtllm_jax.ops.vocab_loss import logits_of_position
 from mtllm_jax.plan import sizes
 from mtllm_jax.plan.abstract import (
     AnyMesh,
@@ -83,28 +83,18 @@ class Tuning(Step[SDRRL]):
 
     def flops(self, mesh: AnyMesh) -> Flops:
         """Of a step. Where logits are computed in pieces, it is twice, and the mesh decides."""
-        training, T = self.training, self.training.target_length
-        batch = Batch(training.batch_rows, target_length=T, texts=self.texts)
-        in_pieces = self._at_once(mesh) < T
-        return tuning_flops(self.state.trainable, self.frozen, self.llm, batch, in_pieces=in_pieces)
-
-    def _at_once(self, mesh: AnyMesh) -> int:
-        """Positions of all rows whose logits are there together."""
-        T, V = self.training.target_length, self.llm.vocab_size
-        return sharding.on(mesh, positions_at_once)(self._rows(), T, V)
-
-    def _rows(self) -> int:
-        """Of a micro-batch."""
-        return self.training.batch_rows // self.training.accumulation
+        state, texts = self.state.trainable, self.texts
+        return tuning.step_flops(self.training, state, self.frozen, self.llm, mesh, texts=texts)
 
     def loss_bytes(self, mesh: AnyMesh) -> float:
         """Logits; the matrix that they come from, gathered and in the dtype that is computed in;
         where it learns, its gradient."""
         V, D = self.llm.vocab_size, self.llm.width
-        of_position = sharding.on(mesh, logits_of_position)(self._rows(), V)
+        rows = self.training.batch_rows // self.training.accumulation
+        of_position = sharding.on(mesh, logits_of_position)(rows, V)
         width = jnp.dtype(self.config.compute_dtype).itemsize
         of_matrix = width * V * D / sharding.on(mesh, ways)(V, "vocab")
-        logits = self._at_once(mesh) * of_position
+        logits = tuning.logits_at_once(self.training, self.llm, mesh) * of_position
         return logits * _LOGIT_BYTES + (1 + self._learns_vocabulary()) * of_matrix
 
     def num_reduced(self) -> int:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
-from mtllm_jax import distributed
+from mtllm_jax import distributed, flops, sharding
 from mtllm_jax.config import SDRRL, Training
 from mtllm_jax.data.packing import Rows, pack
 from mtllm_jax.data.pipeline import Batch, add_by_example
@@ -25,9 +26,9 @@ from mtllm_jax.hf.files import Files, local_files
 from mtllm_jax.hf.llama import save_llama
 from mtllm_jax.models import lora
 from mtllm_jax.models.layers import LoRAParam, positions_in_segment, split, weight
-from mtllm_jax.models.llama import Llama
+from mtllm_jax.models.llama import Llama, LlamaConfig
 from mtllm_jax.objectives import Terms, next_tokens
-from mtllm_jax.ops.vocab_loss import cross_entropy_of_rows
+from mtllm_jax.ops.vocab_loss import cross_entropy_of_rows, positions_at_once
 from mtllm_jax.recipes import stacking
 from mtllm_jax.recipes.job import Job
 from mtllm_jax.runfolder import StageFolder, made_locally, write_jsonl
@@ -92,6 +93,29 @@ def answer_likelihood(config: SDRRL, graph: nnx.GraphDef) -> Objective:
     return objective
 
 
+def logits_at_once(training: Training, llm: LlamaConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Positions of all rows of a micro-batch whose logits are there together."""
+    rows, length = training.batch_rows // training.accumulation, training.target_length
+    return sharding.on(mesh, positions_at_once)(rows, length, llm.vocab_size)
+
+
+def step_flops(
+    training: Training,
+    trainable: Any,
+    frozen: Any,
+    llm: LlamaConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    texts: float,
+    fill: float = 1.0,
+) -> flops.Flops:
+    """Of a step of `answer_likelihood`. texts: of a row. fill: share of it that holds tokens."""
+    length = training.target_length
+    batch = flops.Batch(training.batch_rows, target_length=length, texts=texts, target_fill=fill)
+    in_pieces = logits_at_once(training, llm, mesh) < length
+    return flops.tuning_flops(trainable, frozen, llm, batch, in_pieces=in_pieces)
+
+
 def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence[Example]) -> str:
     """Train the LLM of a folder on examples; returns the folder of what it became."""
     config = job.config
@@ -123,6 +147,11 @@ def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence
         def likelihood(llm: Llama, graph: nnx.GraphDef, frozen: nnx.State) -> tuple[Objective, Any]:
             return answer_likelihood(config, graph), frozen
 
+        def of_step(trainable: nnx.State, frozen: nnx.State, llm: LlamaConfig) -> flops.Flops:
+            packed, _ = read()
+            texts, fill = packed.counts.texts / packed.counts.rows, packed.fill["target"]
+            return step_flops(training, trainable, frozen, llm, job.mesh, texts=texts, fill=fill)
+
         return tuned_on(
             job,
             stage,
@@ -132,6 +161,7 @@ def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence
             likelihood,
             rows=lambda: read()[0],
             add=lambda: add_by_example({"prompt_tokens": read()[1]}),
+            flops_of=of_step,
         )
 
 
@@ -155,12 +185,14 @@ def tuned_on(
     *,
     rows: Callable[[], Rows],
     add: Callable[[], Callable[[Batch], Batch]] | None = None,
+    flops_of: Callable[[nnx.State, nnx.State, LlamaConfig], flops.Flops] | None = None,
 ) -> str:
     """Train the LLM of a folder in a stage, as `config.trained` says; returns the folder of what it
     became.
 
     objective_of: the LLM as it is, the graph of the one that learns and the state of it that does
-    not → what is minimised, and what that is given as frozen. rows, add: as of `fit`.
+    not → what is minimised, and what that is given as frozen. rows, add: as of `fit`. flops_of:
+    both states of the LLM that learns and its sizes → those of a step.
     """
     config, seed = job.config, job.stage_seed(name)
     tuned_folder = os.fspath(stage.path / "model")
@@ -183,6 +215,7 @@ def tuned_on(
         console=job.console,
         watch=job.watch,
         add=add,
+        flops=None if flops_of is None else lambda _: flops_of(trainable, kept, llm.config),
     )
     tuned = nnx.merge(graph, trained, kept)
     lora.merge(tuned)

@@ -1,21 +1,30 @@
 """Answers as training texts: their tokens, and the likelihood that is learnt."""
 
 import dataclasses
+import io
 
 import jax
 import numpy as np
 import pytest
 import tiny_folders
+from etils import epath
 from flax import nnx
 
 from configs.sdrrl import mini
+from mtllm_jax import train
+from mtllm_jax.chips import CHIPS
 from mtllm_jax.data.packing import pack
 from mtllm_jax.data.pipeline import add_by_example
 from mtllm_jax.data.templates import Template
 from mtllm_jax.data.tokenise import TargetTokenizer
+from mtllm_jax.hf.llama import load_llama
+from mtllm_jax.metrics import Console, read_metrics
 from mtllm_jax.models.layers import split
 from mtllm_jax.models.llama import Llama, LlamaConfig
-from mtllm_jax.recipes.tuning import answer_likelihood, conversations
+from mtllm_jax.recipes.job import Job
+from mtllm_jax.recipes.tuning import answer_likelihood, conversations, tune
+from mtllm_jax.runfolder import RunFolder
+from mtllm_jax.sharding import make_mesh
 
 EXAMPLES = [
     {"id": "a", "prompt": "Japan <currency>", "answer": "Japanese Yen"},
@@ -26,10 +35,16 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def folder(tmp_path_factory):
+    """A tiny LLM."""
     folder = tmp_path_factory.mktemp("llm") / "llm"
     texts = [f"{e['prompt']} {e['answer']}" for e in EXAMPLES] * 20
     tiny_folders.llama(folder, texts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
     return TargetTokenizer(folder)
 
 
@@ -83,3 +98,27 @@ def test_the_loss_is_the_likelihood_of_answers_alone(tokenizer):
     assert count == tokens
     # Sums of some tens of float32 terms.
     np.testing.assert_allclose(total, wanted, rtol=1e-5)
+
+
+def test_a_chip_of_known_speed_is_told_how_well_it_is_used(
+    folder, tokenizer, tmp_path, monkeypatch
+):
+    chip = CHIPS["v5e"]
+    monkeypatch.setattr(train, "chip_of", lambda kind: chip)
+    training = dataclasses.replace(mini().training, steps=3, batch_rows=8, target_length=32)
+    config = dataclasses.replace(mini(), training=training)
+    run = RunFolder(epath.Path(tmp_path), {})
+    job = Job(config, run, Console(io.StringIO()), make_mesh(config.mesh), 0)
+    tune(job, "sdrrl", "SDRRL", str(folder), EXAMPLES[:2] * 16)
+    frame = read_metrics(run.path / "sdrrl" / "metrics.jsonl")
+    speed = jax.device_count() * chip.tflops * 1e12
+    flops = (frame["mfu"] * frame["seconds"] * speed).iloc[1:]
+
+    texts, _, _ = conversations(tokenizer, Template("none", tokenizer), EXAMPLES[:2] * 16, 32)
+    rows = pack([{"target": ids} for ids in texts], {"target": 32}, {"target": tokenizer.pad_id})
+    tokens = 8 * sum(map(len, texts)) / len(rows)
+    # Each weight of a map forwards and back, twice; attention among so few tokens is next to none.
+    weights = sum(x.size for x in jax.tree.leaves(nnx.state(load_llama(folder))) if x.size > 1000)
+    weights -= tokenizer.vocab_size * 32  # looked up
+    assert np.all(flops > 6 * weights * tokens) and np.all(flops < 6.6 * weights * tokens)
+    assert np.all(frame["hfu"].iloc[1:] > frame["mfu"].iloc[1:])
