@@ -938,8 +938,8 @@ class OwnText:
     parallel_data: str = ""  # folder of its files, a clone of its repository
     # Files or folders of published evaluations: what says one of their texts is not trained on.
     evaluations: tuple[str, ...] = ()
-    # Sentences that are not trained on: without `tests` the systems are compared by how likely
-    # they find those.
+    # Sentences that are not trained on, nor is the rest of their documents where the corpus names
+    # them: without `tests` the systems are compared by how likely they find those.
     held_out_pairs: int = 100
 
     def check(self) -> None:

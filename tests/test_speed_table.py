@@ -32,9 +32,9 @@ serve({{"embed": Fake}})
 
 # Seconds of the rounds of each side, by row; others take 1. Each round reads 100 tokens.
 SECONDS = {
-    ("ours", "train_grouped"): [1.0, 2.0, 4.0],
-    ("peer", "train_grouped"): [3.0, 2.0, 8.0],
-    ("ours", "input"): [0.02, 0.01, 0.01],
+    ("ours", "train_grouped"): [1.0, 2.0, 4.0, 2.0, 2.0],
+    ("peer", "train_grouped"): [3.0, 2.0, 8.0, 4.0, 4.0],
+    ("ours", "input"): [0.02, 0.01, 0.01, 0.01, 0.01],
 }
 
 
@@ -42,7 +42,7 @@ class FakeSide:
     def __init__(self, side, row, options):
         self.facts = {"loss": 0.5, "tokens": [[1, 2]], "read": 7}
         self.first, self.ready, self.key = 1.0, 2.0, (side, row)
-        self.seconds = iter(SECONDS.get(self.key, [1.0] * 3))
+        self.seconds = iter(SECONDS.get(self.key, [1.0] * 5))
 
     def round(self):
         return {"seconds": next(self.seconds), "useful": 100, "steps": 2}
@@ -83,7 +83,7 @@ def test_the_whole_table(monkeypatch, tmp_path, pages, capsys):
     ratios = json.loads(file.read_text())["ratios"]
     assert list(ratios) == [row for row in run.CPU_BARS if row != "sample"]
     assert "sample is left out: an LLM is not there." in capsys.readouterr().out
-    # Rounds: 3 ÷ 1, 2 ÷ 2, 8 ÷ 4.
+    # Rounds: 3 ÷ 1, 2 ÷ 2, 8 ÷ 4, twice 4 ÷ 2.
     assert ratios["train_grouped"] == {"ratio": 2.0, "bar": 1.1, "spread": [1.0, 3.0]}
     assert ratios["train_memory"]["ratio"] == 0.5
     assert ratios["load_memory"]["ratio"] == (5 - 1) / (3 - 1)
@@ -102,11 +102,11 @@ def test_rows_that_are_there_are_kept(monkeypatch, tmp_path, pages):
     assert set(json.loads(file.read_text())["ratios"]) == {"train_grouped", "train_memory"}
     assert not pages
     kept = file.read_text()
-    monkeypatch.setitem(SECONDS, ("ours", "train_grouped"), [1.0, 1.0, 1.0])
+    monkeypatch.setitem(SECONDS, ("ours", "train_grouped"), [1.0] * 5)
     call(monkeypatch, "--only=train_memory", f"--json={file}")
     assert file.read_text() == kept
     call(monkeypatch, "--only=train_grouped", f"--json={file}")
-    assert json.loads(file.read_text())["ratios"]["train_grouped"]["ratio"] == 3.0
+    assert json.loads(file.read_text())["ratios"]["train_grouped"]["ratio"] == 4.0
 
 
 def test_sides_that_do_different_work_are_refused():

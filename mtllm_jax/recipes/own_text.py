@@ -94,7 +94,7 @@ def _read_tests(config: SDRRL) -> list[Row]:
 
 def _read_parallel(config: SDRRL) -> tuple[dict[str, list[Pair]], list[Row]]:
     """Pairs to be trained on, by target; and where there are no tests, sentences held out: id,
-    language, text. What stands in one document with these is neither."""
+    document, language, text. What stands in one document with these is neither."""
     own = config.own
     training: dict[str, list[Pair]] = {}
     lines: dict[tuple[str, str], Row] = {}
@@ -104,28 +104,33 @@ def _read_parallel(config: SDRRL) -> tuple[dict[str, list[Pair]], list[Row]]:
         held, near = set[str](), set[str]()
         if not own.tests:
             held, near = _held_out(pairs, own.held_out_pairs, config.text_seed)
-            allowed = f"below the {len(pairs)} pairs of {code}, with documents held out whole"
-            require(len(near) < len(pairs), "own.held_out_pairs", own.held_out_pairs, allowed)
+            left = f"so few that some of the {len(pairs)} pairs of {code} are left to be trained on"
+            require(len(near) < len(pairs), "own.held_out_pairs", own.held_out_pairs, left)
         training[code] = [pair for pair in pairs if pair.id not in near]
         for pair in pairs:
             if pair.id in held:
+                row = {"id": pair.id, "document": pair.document or pair.id}
                 for there, text in ((config.english, pair.source), (code, pair.target)):
-                    lines[pair.id, there] = {"id": pair.id, "language": there, "text": text}
+                    lines[pair.id, there] = row | {"language": there, "text": text}
     return training, list(lines.values())
 
 
+_OF_A_DOCUMENT = 5  # sentences that are held out: a document more tells more than its sixth
+
+
 def _held_out(pairs: Sequence[Pair], count: int, seed: int) -> tuple[set[str], set[str]]:
-    """Ids of so many, document by document, and of all that stand in these documents: a sentence is
-    likelier to who has read its neighbours."""
-
-    def whole(pair: Pair) -> str:
-        return pair.document or pair.id
-
-    ordered = sorted(pairs, key=lambda pair: (stage_seed(seed, whole(pair)), whole(pair)))
-    held = ordered[:count]
-    documents = {whole(pair) for pair in held}
-    near = {pair.id for pair in pairs if whole(pair) in documents}
-    return {pair.id for pair in held}, near
+    """Ids of so many, the first ones of documents that are drawn, and of all that stand in these
+    documents: a sentence is likelier to who has read its neighbours."""
+    documents: dict[str, list[str]] = {}
+    for pair in pairs:
+        documents.setdefault(pair.document or pair.id, []).append(pair.id)
+    held: list[str] = []
+    near: set[str] = set()
+    for document in sorted(documents, key=lambda name: (stage_seed(seed, name), name)):
+        if len(held) < count:
+            held += documents[document][:_OF_A_DOCUMENT]
+            near.update(documents[document])
+    return set(held[:count]), near
 
 
 def _drawn(ids: Iterable[str], count: int, seed: int) -> set[str]:

@@ -184,23 +184,25 @@ def _read(job: Job[SDRRL], material: Material, models: Mapping[str, str]) -> dic
 
 
 def _likelihoods(config: SDRRL, read: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """results.json but for times, from each system's rows: id, language, text, bits.
+    """results.json but for times, from each system's rows: id, document, language, text, bits.
 
     Bits are those of all sentences by all their characters (Unicode code points), so that lengths
     of tokens make no difference; what a system changes is against the LLM as it is, row by row. A
-    first token that nothing stands before has no bits, whatever the system.
+    first token that nothing stands before has no bits, whatever the system. Intervals are over
+    documents, whose sentences are alike.
     """
     sizes = {name: rows.assign(size=rows["text"].str.len()) for name, rows in read.items()}
-    about = ["id", "language", "size"]
-    found = {
-        name: scores.ratios(rows[about].assign(value=rows["bits"]), config.english)
-        for name, rows in sizes.items()
-    }
+    about = ["id", "document", "language", "size"]
+
+    def ratios(rows: pd.DataFrame, values: pd.Series) -> dict[str, Any]:
+        by_document = rows[["language", "size"]].assign(id=rows["document"], value=values)
+        return scores.ratios(by_document, config.english)
+
+    found = {name: ratios(rows, rows["bits"]) for name, rows in sizes.items()}
     changes = {}
     for name in (name for name in sizes if "base" in sizes and name != "base"):
         both = sizes[name].merge(sizes["base"], on=about, suffixes=("", "_before"))
-        rows = both[about].assign(value=both["bits"] - both["bits_before"])
-        changes[name] = scores.ratios(rows, config.english)
+        changes[name] = ratios(both, both["bits"] - both["bits_before"])
     systems = {}
     for name, rows in sizes.items():
         probabilities = rows[["id", "language"]].assign(right=2.0 ** (-rows["bits"] / rows["size"]))

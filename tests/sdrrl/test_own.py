@@ -110,21 +110,25 @@ def test_a_sentence_is_held_out_in_all_languages_or_in_none(folder):
 
 def test_nothing_of_a_document_that_is_held_out_is_trained_on(folder, tmp_path):
     corpus = shutil.copytree(folder / "ntrex", tmp_path / "ntrex")
-    documents = [f"paper.{i // 7}" for i in range(40)]  # five of seven sentences and one of five
+    documents = [f"paper.{i // 8}" for i in range(40)]
     (corpus / "DOCUMENT_IDS.tsv").write_text("\n".join(documents) + "\n")
-    own = read_inputs(config(folder, {"parallel_data": str(corpus)})).own
 
-    def of(id_):
-        return documents[int(id_.split(":")[1]) - 1]
+    def own(**changes):
+        return read_inputs(config(folder, {"parallel_data": str(corpus)} | changes)).own
 
-    held = {line["id"] for line in own.lines}
-    assert len(held) == 10
+    read = own(held_out_pairs=8)
+    held = {line["id"]: line["document"] for line in read.lines}
+    assert all(documents[int(id_.split(":")[1]) - 1] == held[id_] for id_ in held)
+    # Five of one document, three of another, each from its beginning.
+    assert sorted(int(id_.split(":")[1]) % 8 for id_ in held) == [1, 1, 2, 2, 3, 3, 4, 5]
     for code in (FRA, WOL):
-        learnt = {of(pair.id) for pair in own.parallel[code]}
-        assert learnt == set(documents) - set(map(of, held)) and len(learnt) == 4
+        learnt = [documents[int(pair.id.split(":")[1]) - 1] for pair in read.parallel[code]]
+        assert set(learnt) == set(documents) - set(held.values()) and len(learnt) == 24
+    with pytest.raises(ValueError, match="21; it must be so few that some of the 40 pairs of fra"):
+        own(held_out_pairs=21)
     (corpus / "DOCUMENT_IDS.tsv").write_text("paper.1\n")
     with pytest.raises(ValueError, match=r"DOCUMENT_IDS\.tsv has 1 lines; there are 40 sentences"):
-        read_inputs(config(folder, {"parallel_data": str(corpus)}))
+        own()
 
 
 def test_rows_that_cannot_be_used_are_told(folder, tmp_path):
@@ -180,7 +184,7 @@ def refused(given):
         ({"parallel": "", "parallel_data": ""}, "config.own.tests is ''"),
         (
             {"held_out_pairs": 40},
-            "config.own.held_out_pairs is 40; it must be below the 40 pairs of fra_Latn",
+            "config.own.held_out_pairs is 40; it must be so few that some of the 40 pairs of fra",
         ),
         ({"held_out_pairs": 0}, "config.own.held_out_pairs is 0"),
         ({"evaluations": ("NO",)}, "config.own.evaluations: NO does not exist"),
@@ -314,7 +318,13 @@ def test_ratios_weigh_rows_by_their_size():
 def read_rows(scale):
     return pd.DataFrame(
         [
-            {"id": str(i), "language": code, "text": "ab" * (i + 1), "bits": scale[code] * (i + 1)}
+            {
+                "id": str(i),
+                "document": str(i),
+                "language": code,
+                "text": "ab" * (i + 1),
+                "bits": scale[code] * (i + 1),
+            }
             for i in range(6)
             for code in (ENG, FRA, WOL)
         ]
@@ -329,6 +339,11 @@ def test_what_is_gained_and_what_is_not_is_told():
     assert about["systems"]["base"]["languages"] == {FRA: 2.0, WOL: 3.0}
     assert about["systems"]["base"]["english"] == 1.0
     assert about["changes"]["sdrrl"]["languages"] == pytest.approx({FRA: -0.5, WOL: 0.0})
+    # Nothing is known of how documents differ where all is of one.
+    one = [rows.assign(document="a") for rows in (base, ours)]
+    about_one = sdrrl._likelihoods(smollm2(), dict(zip(("base", "sdrrl"), one, strict=True)))
+    change = about_one["bits_per_character"]["systems"]["sdrrl"]
+    assert change["interval"] == pytest.approx([change["mean"]] * 2)
     # Every row changes by as much.
     assert about["changes"]["sdrrl"]["interval"] == pytest.approx([-0.25, -0.25])
     assert found["systems"]["base"]["languages"] == pytest.approx({FRA: 0.25, WOL: 0.125})
