@@ -17,31 +17,7 @@ from jax.typing import DTypeLike
 
 from mtllm_jax.models.layers import by_rows, split
 from mtllm_jax.models.llama import Llama, LlamaLayers
-from mtllm_jax.ops.layout import constrain
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of a layer. They lie as they are read, which is once for every token: keys
-    have their features before their slots."""
-
-    k_BKHC: Array
-    v_BKCH: Array
-
-    def with_room(self, num_slots: int) -> "LayerCache":
-        """The same with so many more slots."""
-        none, room = (0, 0), (0, num_slots)
-        k_BKHC = jnp.pad(self.k_BKHC, (none, none, none, room))
-        return LayerCache(k_BKHC, jnp.pad(self.v_BKCH, (none, none, room, none)))
-
-    def with_token(self, k_B1KH: Array, v_B1KH: Array, slot: Array | int) -> "LayerCache":
-        """The same with a token's in a slot."""
-        update = jax.lax.dynamic_update_slice_in_dim
-        k_BKHC = update(self.k_BKHC, k_B1KH.transpose(0, 2, 3, 1), slot, axis=3)
-        return LayerCache(k_BKHC, update(self.v_BKCH, v_B1KH.swapaxes(1, 2), slot, axis=2))
-
-    def laid(self) -> "LayerCache":
-        """Over the mesh by rows and heads."""
-        return LayerCache(*(constrain(x, "rows", "heads", "features", "features") for x in self))
+from mtllm_jax.models.past import Past
 
 
 class Cache(NamedTuple):
@@ -51,12 +27,12 @@ class Cache(NamedTuple):
     after it, in all rows alike. lengths_B: tokens of the prompts, int32.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Past, ...]
     lengths_B: Array
 
     def with_room(self, num_slots: int) -> "Cache":
         """The same with so many more slots."""
-        return self._replace(layers=tuple(layer.with_room(num_slots) for layer in self.layers))
+        return self._replace(layers=tuple(past.with_room(num_slots) for past in self.layers))
 
 
 def apart(model: Llama) -> tuple[nnx.GraphDef, nnx.State, list[nnx.State]]:
@@ -91,7 +67,7 @@ class CachedLlama:
             q_BSNH, k_BSKH, v_BSKH = layer.heads(layer.attention_norm(h_BSD), positions_BS)
             read_BSNH = layer.read(q_BSNH, k_BSKH, v_BSKH, segments_BS, causal=True, packed=False)
             h_BSD = by_rows(_after_reading(layer, h_BSD, read_BSNH))
-            kept.append(LayerCache(k_BSKH.transpose(0, 2, 3, 1), v_BSKH.swapaxes(1, 2)).laid())
+            kept.append(Past.of(k_BSKH, v_BSKH))
         last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
         return self._logits(jnp.take_along_axis(h_BSD, last_B11, axis=1)), Cache(
             tuple(kept), lengths_B
@@ -104,7 +80,7 @@ class CachedLlama:
         first S = `num_prompt_slots` slots; and the cache with that token in it."""
         lengths_B1 = cache.lengths_B[:, None]
         positions_B1 = lengths_B1 + index
-        v_BKCH = cache.layers[0].v_BKCH
+        v_BKCH = cache.layers[0].v_BNPH
         slots_1C = jnp.arange(v_BKCH.shape[2], dtype=jnp.int32)[None]
         behind_1C = slots_1C - num_prompt_slots  # the number of a token after the prompt
         is_read_BC = (slots_1C < lengths_B1) | ((behind_1C >= 0) & (behind_1C <= index))
@@ -114,12 +90,13 @@ class CachedLlama:
 
         h_B1D = by_rows(self._model.embed(ids_B[:, None], v_BKCH.dtype))
         kept = []
-        for layer, of_layer in zip(self._layers, cache.layers, strict=True):
+        for layer, past in zip(self._layers, cache.layers, strict=True):
             q_B1NH, k_B1KH, v_B1KH = layer.heads(layer.attention_norm(h_B1D), positions_B1)
-            with_token = of_layer.with_token(k_B1KH, v_B1KH, num_prompt_slots + index)
-            read_BKGH = _read(_grouped(q_B1NH, v_BKCH.shape[1]), *with_token, is_read_BC)
+            past = past.with_tokens(k_B1KH, v_B1KH, num_prompt_slots + index)
+            q_BKGH = _grouped(q_B1NH, v_BKCH.shape[1])
+            read_BKGH = past.read(q_BKGH, is_read_BC[:, None, None])
             h_B1D = by_rows(_after_reading(layer, h_B1D, read_BKGH))
-            kept.append(with_token.laid())
+            kept.append(past)
         return self._logits(h_B1D), cache._replace(layers=tuple(kept))
 
     def _logits(self, h_B1D: Array) -> Array:
@@ -140,12 +117,3 @@ def _after_reading(layer: LlamaLayers, h_BTD: Array, read: Array) -> Array:
 def _grouped(q_B1NH: Array, num_kv_heads: int) -> Array:
     """[B, 1, N, H] → [B, K, G, H]."""
     return q_B1NH.reshape(len(q_B1NH), num_kv_heads, -1, q_B1NH.shape[-1])
-
-
-def _read(q_BKGH: Array, k_BKHC: Array, v_BKCH: Array, is_read_BC: Array) -> Array:
-    """What each query reads from the slots it may read, [B, K, G, H]."""
-    q_BKGH = q_BKGH * jnp.asarray(q_BKGH.shape[-1] ** -0.5, q_BKGH.dtype)
-    scores_BKGC = jnp.einsum("bkgh,bkhc->bkgc", q_BKGH, k_BKHC, preferred_element_type=jnp.float32)
-    scores_BKGC = jnp.where(is_read_BC[:, None, None], scores_BKGC, -jnp.inf)
-    weights_BKGC = jax.nn.softmax(scores_BKGC).astype(v_BKCH.dtype)
-    return jnp.einsum("bkgc,bkch->bkgh", weights_BKGC, v_BKCH)

@@ -1,7 +1,7 @@
 """NLLB, a translation encoder-decoder in the form of M2M100 (arXiv 2207.04672, 2010.11125).
 
-B rows, S encoder positions, T decoder positions, K hypotheses of a row's translation, E width,
-N heads, H head width, F feed-forward width, V vocabulary, L layers.
+B rows, S encoder positions, T decoder positions, K hypotheses of a row's translation, P places of
+keys and values, E width, N heads, H head width, F feed-forward width, V vocabulary, L layers.
 
 Layer norms stand before each block and after each stack; feed-forwards are ReLU; positions are
 sinusoidal; encoder, decoder and output share one embedding.
@@ -23,7 +23,6 @@ from mtllm_jax.models.layers import (
     REMAT_POLICIES,
     Attention,
     LayerNorm,
-    Linear,
     biased_linear,
     cut_off_last,
     look_up,
@@ -34,6 +33,7 @@ from mtllm_jax.models.layers import (
     scan_layers,
     split_key,
 )
+from mtllm_jax.models.past import Past, no_past
 from mtllm_jax.ops.attention import check_attention
 
 _EPS = 1e-5
@@ -42,7 +42,8 @@ _LONGEST_WAVE = 10_000.0
 
 @dataclass(frozen=True)
 class NLLBConfig:
-    """Sizes of a model, and how its layers are run (`remat`, `unroll_layers`, `attention`)."""
+    """Sizes of a model, and how its layers are run (`remat`, `unroll_layers`, `attention`), but for
+    `NLLB.step`, which has its own way."""
 
     vocab_size: int
     width: int
@@ -72,26 +73,16 @@ class NLLBConfig:
             raise ValueError(f"remat is {self.remat!r}; it may be one of {list(REMAT_POLICIES)}")
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of a decoder layer: of the tokens so far, and of the encoder's states. They
-    lie as they are read, which is once for every token: keys have their features before their
-    places.
+class Cache(NamedTuple):
+    """Keys and values of each layer, of the tokens so far and of the encoder's states.
 
-    Of token number t the K hypotheses have places t · K … of P = T · K. Those of a token stay where
-    they were put when it was read: where the tokens before it lie is for `NLLB.step`'s
-    `history_BKT` to say.
+    Of decoder input t the K hypotheses have places t · K … among the tokens'. Those of a token stay
+    where they were put when it was read: where the tokens before it lie is for `NLLB.step`'s
+    `history_BKT` to say. is_memory_BS: the encoder's positions that hold a text, bool.
     """
 
-    k_BNHP: Array
-    v_BNPH: Array
-    memory_k_BNHS: Array
-    memory_v_BNSH: Array
-
-
-class Cache(NamedTuple):
-    """Those of all layers. is_memory_BS: the encoder's positions that hold a text, bool."""
-
-    layers: tuple[LayerCache, ...]
+    tokens: tuple[Past, ...]
+    memory: tuple[Past, ...]
     is_memory_BS: Array
 
 
@@ -156,52 +147,27 @@ class DecoderLayers(EncoderLayers):
         return self.feed_forward(h_BTE, ffn_key)
 
     def step(
-        self,
-        h_BKE: Array,
-        index: Array,
-        is_read_BKP: Array,
-        is_memory_BS: Array,
-        cache: LayerCache,
-    ) -> tuple[Array, LayerCache]:
-        """One layer at token number `index` of each hypothesis, and the cache with that token.
+        self, h_BKE: Array, index: Array, tokens: Past, memory: Past, masks: tuple[Array, Array]
+    ) -> tuple[Array, Past]:
+        """One layer at decoder input number `index` of each hypothesis, and `tokens` with it.
 
-        is_read_BKP: the tokens in the cache that each hypothesis is to read, itself among them.
+        masks: the places of both that each hypothesis is to read, this input's among them, bool
+        [B, 1, K, P] and [B, 1, 1, S].
         """
-
-        def heads(block: Attention, linear: Linear, x_BKE: Array) -> Array:
-            return block.heads(linear, x_BKE).swapaxes(1, 2)
-
+        among_tokens, among_memory = masks
         block, x_BKE = self.self_attention, self.self_attention_norm(h_BKE)
-        q_BNKH, k_BNKH, v_BNKH = (
-            heads(block, linear, x_BKE) for linear in (block.query, block.key, block.value)
+        q_BKNH, k_BKNH, v_BKNH = (
+            block.heads(linear, x_BKE) for linear in (block.query, block.key, block.value)
         )
-        place = index * q_BNKH.shape[2]
-        k_BNHP, v_BNPH = (
-            jax.lax.dynamic_update_slice_in_dim(whole, new, place, axis)
-            for whole, new, axis in (
-                (cache.k_BNHP, k_BNKH.swapaxes(2, 3), 3),
-                (cache.v_BNPH, v_BNKH, 2),
-            )
-        )
-        read_BNKH = _read(q_BNKH, k_BNHP, v_BNPH, is_read_BKP[:, None])
+        tokens = tokens.with_tokens(k_BKNH, v_BKNH, index * h_BKE.shape[1])
+        read_BNKH = tokens.read(q_BKNH.swapaxes(1, 2), among_tokens)
         h_BKE = h_BKE + block.out(read_BNKH.swapaxes(1, 2).reshape(h_BKE.shape))
 
         block = self.cross_attention
-        q_BNKH = heads(block, block.query, self.cross_attention_norm(h_BKE))
-        of_text = cache.memory_k_BNHS, cache.memory_v_BNSH
-        read_BNKH = _read(q_BNKH, *of_text, is_memory_BS[:, None, None])
+        q_BKNH = block.heads(block.query, self.cross_attention_norm(h_BKE))
+        read_BNKH = memory.read(q_BKNH.swapaxes(1, 2), among_memory)
         h_BKE = h_BKE + block.out(read_BNKH.swapaxes(1, 2).reshape(h_BKE.shape))
-        return self.feed_forward(h_BKE), cache._replace(k_BNHP=k_BNHP, v_BNPH=v_BNPH)
-
-
-def _read(q_BNKH: Array, k_BNHP: Array, v_BNPH: Array, is_read_BNKP: Array) -> Array:
-    """What each hypothesis reads from the places P that it may read, [B, N, K, H]."""
-    q_BNKH = q_BNKH * jnp.asarray(q_BNKH.shape[-1] ** -0.5, q_BNKH.dtype)
-    scores_BNKP = jnp.einsum("bnkh,bnhp->bnkp", q_BNKH, k_BNHP, preferred_element_type=jnp.float32)
-    # Not minus infinity: rows that only fill the batch have nothing to read.
-    scores_BNKP = jnp.where(is_read_BNKP, scores_BNKP, jnp.finfo(jnp.float32).min)
-    weights_BNKP = jax.nn.softmax(scores_BNKP).astype(v_BNPH.dtype)
-    return jnp.einsum("bnkp,bnph->bnkh", weights_BNKP, v_BNPH)
+        return self.feed_forward(h_BKE), tokens
 
 
 class NLLB(nnx.Module):
@@ -291,8 +257,9 @@ class NLLB(nnx.Module):
         return jnp.einsum("...e,ve->...v", h_BTE, embedding_VE, preferred_element_type=jnp.float32)
 
     def decoder_layers(self) -> list[DecoderLayers]:
-        """The decoder's layers, each a module of its own, as `start_cache` and `step` take them: to
-        be made before the tokens' loop, where it would be copied for each."""
+        """The decoder's layers, each a module of its own, as `start_cache` and `step` take them. To
+        be called before the loop over tokens: inside it, each layer's weights would be copied at
+        every token."""
         graph, state = nnx.split(self._decoder()[0])
         return [
             nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
@@ -309,21 +276,14 @@ class NLLB(nnx.Module):
     ) -> Cache:
         """A cache with room for `num_tokens` decoder inputs of each hypothesis; one text a row."""
 
-        def of_layer(layer: DecoderLayers) -> LayerCache:
-            block = layer.cross_attention
-            k_BSNH, v_BSNH = (
-                block.heads(linear, memory_BSE) for linear in (block.key, block.value)
-            )
-            B, _, N, H = k_BSNH.shape
-            P, dtype = num_tokens * num_hypotheses, memory_BSE.dtype
-            return LayerCache(
-                k_BNHP=jnp.zeros((B, N, H, P), dtype),
-                v_BNPH=jnp.zeros((B, N, P, H), dtype),
-                memory_k_BNHS=k_BSNH.transpose(0, 2, 3, 1),
-                memory_v_BNSH=v_BSNH.swapaxes(1, 2),
-            )
-
-        return Cache(tuple(map(of_layer, layers)), memory_segments_BS > 0)
+        blocks = [layer.cross_attention for layer in layers]
+        memory = tuple(
+            Past.of(block.heads(block.key, memory_BSE), block.heads(block.value, memory_BSE))
+            for block in blocks
+        )
+        B, N, _, H = memory[0].v_BNPH.shape
+        empty = no_past(B, N, num_tokens * num_hypotheses, H, memory_BSE.dtype)
+        return Cache((empty,) * len(layers), memory, memory_segments_BS > 0)
 
     def step(
         self,
@@ -341,23 +301,23 @@ class NLLB(nnx.Module):
         """
         _, norm = self._decoder()
         B, K = ids_BK.shape
-        v_BNPH = cache.layers[0].v_BNPH
-        T = v_BNPH.shape[2] // K
+        values_BNPH = cache.tokens[0].v_BNPH
+        T = values_BNPH.shape[2] // K
         slots_K = jnp.arange(K, dtype=jnp.int32)
         own_BKT = jnp.broadcast_to(slots_K[None, :, None], (B, K, T))
-        # Each has just been put into its own slot.
-        places_T = jnp.arange(T)[None, None]
+        inputs_11T = jnp.arange(T)[None, None]
         slot_BKT = own_BKT if history_BKT is None else history_BKT
-        slot_BKT = jnp.where(places_T == index, own_BKT, slot_BKT)
+        # This input goes into its hypothesis' own slot.
+        slot_BKT = jnp.where(inputs_11T == index, own_BKT, slot_BKT)
         is_read_BKTK = slot_BKT[..., None] == slots_K[None, None, None]
-        is_read_BKTK &= (places_T <= index)[..., None]
-        read = is_read_BKTK.reshape(B, K, T * K), cache.is_memory_BS
-        h_BKE = self.embed(ids_BK, jnp.full((B, K), index, jnp.int32), v_BNPH.dtype)
+        is_read_BKTK &= (inputs_11T <= index)[..., None]
+        masks = is_read_BKTK.reshape(B, 1, K, T * K), cache.is_memory_BS[:, None, None]
+        h_BKE = self.embed(ids_BK, jnp.full((B, K), index, jnp.int32), values_BNPH.dtype)
         kept = []
-        for layer, of_layer in zip(layers, cache.layers, strict=True):
-            h_BKE, with_token = layer.step(h_BKE, index, *read, of_layer)
-            kept.append(with_token)
-        return norm(h_BKE), cache._replace(layers=tuple(kept))
+        for layer, before, memory in zip(layers, cache.tokens, cache.memory, strict=True):
+            h_BKE, tokens = layer.step(h_BKE, index, before, memory, masks)
+            kept.append(tokens)
+        return norm(h_BKE), cache._replace(tokens=tuple(kept))
 
     def embed(self, ids_BT: Array, positions_BT: Array, dtype: DTypeLike) -> Array:
         """[B, T, E]: scaled embeddings plus positions, counted from 0 in each text."""

@@ -202,15 +202,15 @@ class Numbers:
         return 6
 
 
-@pytest.mark.parametrize("config", MIXED[:2])
-def test_translations(config):
+@pytest.mark.parametrize(("config", "num_beams"), [(MIXED[0], 1), (MIXED[1], 3)])
+def test_translations(config, num_beams):
     """The very same tokens; the last batch has rows that only fill it."""
     model, rng = NLLB(tiny.ENCODER, tiny.rngs()), np.random.default_rng(1)
     for _, variable in nnx.to_flat_state(nnx.state(model)):  # so much that texts count
         noise = 0.5 * rng.normal(size=variable.shape)
         variable[...] = (np.asarray(variable[...]) + noise).astype(np.float32)
     texts = [" ".join(map(str, rng.integers(7, tiny.VOCAB, n))) for n in rng.integers(1, 6, 11)]
-    limits = {"max_length": 16, "max_new_tokens": 6, "batch_size": 8}
+    limits = {"max_length": 16, "max_new_tokens": 6, "batch_size": 8, "num_beams": num_beams}
     wanted = translate(model, Numbers(), texts, "deu_Latn", "eng_Latn", **limits)
     assert len(set(wanted)) > 4
     got = translate(model, Numbers(), texts, "deu_Latn", "eng_Latn", **limits, mesh=mesh_of(config))
