@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from mtllm_jax import distributed, sharding
+from mtllm_jax.allocator import keep_for
 from mtllm_jax.checkpoint import Checkpointer, has_params, load_params, save_params, tree_hash
 from mtllm_jax.chips import chip_of
 from mtllm_jax.config import Training
@@ -198,7 +199,9 @@ def fit(
     goodput.to("packing")
     source = rows()
     goodput.to("setup")
-    stage.notes |= {"rows": len(source), "bytes": _sizes(state, frozen)}
+    sizes = _sizes(state, frozen)
+    keep_for(sum(sizes.values()))
+    stage.notes |= {"rows": len(source), "bytes": sizes}
     if isinstance(source, Rows):
         stage.notes["packing"] = source.notes()
     mine = sharding.process_rows(config.batch_rows, mesh)
