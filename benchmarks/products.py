@@ -3,8 +3,8 @@
     python benchmarks/products.py --side=ours
     python benchmarks/products.py --side=peer
 
-Each is timed alone, again and again for a second; printed is the median. What a row does besides
-can only make it slower than this.
+Each is timed alone, again and again for a second; printed is the median. A row has more to do, and
+lays its operands its own way.
 """
 
 import argparse

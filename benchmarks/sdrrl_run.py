@@ -18,6 +18,8 @@ from study import PACKAGES, by_language, opened, percent, stages
 
 from mtllm_jax import results as shown
 
+_KINDS = ("LL", "LT", "TL", "TT", "switched", "translation", "completion", "dropped")
+
 
 def trained_on(run: Path) -> pd.DataFrame:
     """A line a system: examples of each kind, and rows that were dropped."""
@@ -28,7 +30,8 @@ def trained_on(run: Path) -> pd.DataFrame:
         system = shown.system_name(manifest.parent.name)
         lines.append({"system": system} | found["counts"] | {"dropped": dropped})
     counts = pd.DataFrame(lines).set_index("system").fillna(0)
-    return counts.astype(int).reset_index()
+    kinds = sorted(counts, key=_KINDS.index)
+    return counts[kinds].astype(int).reset_index()
 
 
 def judged(results: Mapping[str, Any]) -> list[str]:
