@@ -65,7 +65,7 @@ def read(results: Mapping[str, Any]) -> list[str]:
     return [
         f"Task: {results['task']}, {shown.seeds_text(results)}. Bits of all sentences of a language"
         " by all their characters; a change is paired, sentence by sentence, its interval 95 % by"
-        " the bootstrap over sentences.",
+        " the bootstrap over documents.",
         f"## {title}",
         table(pd.DataFrame(rows, columns=columns)),
     ]
