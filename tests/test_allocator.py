@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+
 _PROGRAM = """
 import resource, sys, threading
 import numpy as np
@@ -46,13 +48,11 @@ def faults(num_floats, model_bytes, **environment):
     return int(done.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 def test_freed_memory_is_kept_unless_the_user_has_chosen():
     assert faults(LARGE, SMALL_MODEL) < 3 * 39_063
     assert faults(LARGE, SMALL_MODEL, MALLOC_ARENA_MAX="8") > 9 * 39_063
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 def test_of_a_large_model_what_is_not_large_is_kept():
     assert faults(LARGE, LARGE_MODEL) > 9 * 39_063
     # numpy and Python have some thousands of pages themselves.

@@ -147,8 +147,9 @@ def tune(job: Job[SDRRL], name: str, title: str, folder: str, examples: Sequence
         def likelihood(llm: Llama, graph: nnx.GraphDef, frozen: nnx.State) -> tuple[Objective, Any]:
             return answer_likelihood(config, graph), frozen
 
-        def of_step(trainable: nnx.State, frozen: nnx.State, llm: LlamaConfig) -> flops.Flops:
-            packed, _ = read()
+        def of_step(
+            packed: Rows, trainable: nnx.State, frozen: nnx.State, llm: LlamaConfig
+        ) -> flops.Flops:
             texts, fill = packed.counts.texts / packed.counts.rows, packed.fill["target"]
             return step_flops(training, trainable, frozen, llm, job.mesh, texts=texts, fill=fill)
 
@@ -185,14 +186,14 @@ def tuned_on(
     *,
     rows: Callable[[], Rows],
     add: Callable[[], Callable[[Batch], Batch]] | None = None,
-    flops_of: Callable[[nnx.State, nnx.State, LlamaConfig], flops.Flops] | None = None,
+    flops_of: Callable[[Rows, nnx.State, nnx.State, LlamaConfig], flops.Flops] | None = None,
 ) -> str:
     """Train the LLM of a folder in a stage, as `config.trained` says; returns the folder of what it
     became.
 
     objective_of: the LLM as it is, the graph of the one that learns and the state of it that does
     not → what is minimised, and what that is given as frozen. rows, add: as of `fit`. flops_of:
-    both states of the LLM that learns and its sizes → those of a step.
+    rows, both states of the LLM that learns and its sizes → those of a step.
     """
     config, seed = job.config, job.stage_seed(name)
     tuned_folder = os.fspath(stage.path / "model")
@@ -215,7 +216,9 @@ def tuned_on(
         console=job.console,
         watch=job.watch,
         add=add,
-        flops=None if flops_of is None else lambda _: flops_of(trainable, kept, llm.config),
+        flops=None
+        if flops_of is None
+        else lambda packed: flops_of(packed, trainable, kept, llm.config),
     )
     tuned = nnx.merge(graph, trained, kept)
     lora.merge(tuned)
